@@ -1,0 +1,109 @@
+"""Build a first checkpoint from a CLIP folder and a language-model folder in their published Hugging Face layout.
+
+    python -m llava.model.assemble --vision model_weight/clip-vit-large-patch14-336 \
+        --language model_weight/Qwen2-7B-Instruct --output model_weight/llava-uhd-init
+
+The projector is new (seeded); tower and language model are copied. The result is a complete `from_pretrained` folder:
+weights, config, tokenizer with chat template and `<image>`, image processor. Stage 1 (align) starts from it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def assemble(
+    vision: str | Path,
+    language: str | Path,
+    output: str | Path,
+    projector_type: str = "spatial_resampler",
+    resampler_grid: int = 12,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Path:
+    """Write the checkpoint folder and return its path.
+
+    Raises:
+        ValueError: a folder is missing or is no CLIP / causal-LM folder, or the tokenizer has no ChatML tokens.
+    """
+    for folder, what in ((vision, "CLIP"), (language, "language-model")):
+        if not (Path(folder) / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json; --vision and --language want {what} folders as published")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, GenerationConfig
+
+    from llava.model.configuration_llava_uhd import LlavaUHDConfig
+    from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
+    from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
+    from llava.model.processing_llava_uhd import CHATML, IMAGE_TOKEN, LlavaUHDProcessor
+
+    weight_type = getattr(torch, dtype)
+    clip = CLIPVisionModel.from_pretrained(vision, dtype=weight_type)
+    language_model = AutoModelForCausalLM.from_pretrained(language, dtype=weight_type)
+    tokenizer = AutoTokenizer.from_pretrained(language)
+    if "<|im_start|>" not in tokenizer.get_vocab():
+        raise ValueError(f"the tokenizer in {language} has no <|im_start|>; only ChatML language models are supported")
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = CHATML
+
+    preprocessing = clip_preprocessing(Path(vision))
+    uses_resampler = projector_type == "spatial_resampler"
+    config = LlavaUHDConfig(
+        vision_config=clip.config,
+        text_config=language_model.config,
+        projector_type=projector_type,
+        resampler_grid=resampler_grid,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        **preprocessing,
+    )
+    torch.manual_seed(seed)
+    model = LlavaUHDForConditionalGeneration(config).to(weight_type)
+    model.model.vision_tower.clip.load_state_dict(clip.state_dict())
+    model.model.language_model.load_state_dict(language_model.model.state_dict())
+    model.lm_head.load_state_dict(language_model.lm_head.state_dict())
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"), pad_token_id=tokenizer.pad_token_id
+    )  # sampling settings of the language model's own folder are not inherited
+    processor = LlavaUHDProcessor(
+        LlavaUHDImageProcessor(
+            image_mode="uhd" if uses_resampler else "square",
+            resolution=clip.config.image_size,
+            patch_size=clip.config.patch_size,
+        ),
+        tokenizer,
+        chat_template=CHATML,
+        resampler_grid=resampler_grid if uses_resampler else None,
+    )
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    return Path(output)
+
+
+def clip_preprocessing(folder: Path) -> dict[str, list[float]]:
+    """Normalisation stated in a CLIP folder's preprocessor_config.json; CLIP's own constants when it has none."""
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return {}
+    stated = json.loads(path.read_text())
+    return {key: stated[key] for key in ("image_mean", "image_std") if key in stated}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vision", required=True, help="CLIP folder (config.json, model.safetensors)")
+    parser.add_argument("--language", required=True, help="causal-LM folder with its tokenizer")
+    parser.add_argument("--output", required=True, help="checkpoint folder to write")
+    parser.add_argument("--projector_type", default="spatial_resampler", choices=["spatial_resampler", "mlp2x_gelu"])
+    parser.add_argument("--resampler_grid", type=int, default=12, help="queries a side; 12 in the paper")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--seed", type=int, default=0, help="of the new projector")
+    arguments = vars(parser.parse_args())
+    try:
+        print(f"wrote {assemble(**arguments)}")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

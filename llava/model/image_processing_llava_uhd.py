@@ -1,0 +1,199 @@
+"""Pixels: an image file -> RGB -> overview and slices -> packed uint8 patches.
+
+`load_image` is the one place where files become pixels: EXIF orientation applied, transparency over white, 16-bit
+scaled, anything that cannot be decoded rejected with the file's name. `LlavaUHDImageProcessor` resizes and cuts as
+`slicing.py` plans. Resizing is PIL's bicubic on 8-bit RGB, as in the published code.
+"""
+
+import stat
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top-level name wants torchvision
+
+from llava.model.configuration_llava_uhd import LlavaUHDConfig
+from llava.model.slicing import long_side_size, plan_slices
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+IMAGE_MODES = ("uhd", "overview", "square")
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message names the file and what is wrong with it."""
+
+
+def find_image(folder: str | Path, name: str) -> Path:
+    """The path of a record's image below `folder`. Raises ImageError for names that leave it or are no regular file."""
+    relative = Path(name)
+    if relative.is_absolute() or ".." in relative.parts or "\0" in name:
+        raise ImageError(f"image {name!r} must be a path below the image folder {folder}, without '..' or a leading '/'")
+    path = Path(folder) / relative
+    try:
+        kind = path.stat().st_mode
+    except OSError as error:
+        raise ImageError(f"image {path} cannot be opened: {error.strerror}") from error
+    if not stat.S_ISREG(kind):
+        raise ImageError(f"image {path} is not a regular file")
+    return path
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) as shown, EXIF orientation applied, read from the header alone."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"image {path} cannot be read: {error}") from error
+    return (height, width) if rotated else (width, height)
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Decode one image file to upright 8-bit RGB."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.load()
+            return to_rgb(image)
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"image {path} cannot be decoded: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as upright 8-bit RGB: transparency over white, 16-bit integers scaled down to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"pixels of mode {image.mode} have no fixed range; save the image as 8-bit")
+        scaled = (values >> 8) if values.max() > 255 or image.mode.startswith("I;16") else values
+        image = Image.fromarray(scaled.astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
+def patchify(image: Image.Image, patch: int) -> np.ndarray:
+    """(rows*columns, 3*patch*patch) uint8, patches in row-major order, channel-major within a patch."""
+    pixels = np.asarray(image)  # (height, width, 3)
+    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
+    cells = pixels.reshape(rows, patch, columns, patch, 3)
+    return cells.transpose(0, 2, 4, 1, 3).reshape(rows * columns, 3 * patch * patch)
+
+
+class LlavaUHDImageProcessor(BaseImageProcessor):
+    """Cuts images into slices and packs them as patches.
+
+    Args:
+        image_mode: `uhd` (slices and overview), `overview` (stage 1), `square` (resize and centre-crop to
+            `resolution`, the low-resolution model).
+        resolution, patch_size, max_slices: see `slicing.py`; the toy model uses smaller ones.
+        long_side: when set, every image is first resized so that its longer side has this length (1024 in the
+            published generation code). Off by default: the same pixels in training and generation.
+    """
+
+    model_input_names = ["pixel_values", "slice_shapes", "grids"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        image_mode: str = "uhd",
+        resolution: int = 336,
+        patch_size: int = 14,
+        max_slices: int = 7,
+        long_side: int | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if image_mode not in IMAGE_MODES:
+            raise ValueError(f"image_mode is {image_mode!r}; choose one of {', '.join(IMAGE_MODES)}")
+        self.image_mode, self.long_side = image_mode, long_side
+        self.resolution, self.patch_size, self.max_slices = resolution, patch_size, max_slices
+
+    def layout(
+        self, width: int, height: int, image_mode: str | None = None
+    ) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+        """Grid (rows, columns) of slices, (0, 0) without, and each slice's (rows, columns) of patches, overview last.
+
+        A function of the image's size alone: token counts are known before any pixel is read.
+        """
+        mode = image_mode or self.image_mode
+        side = self.resolution // self.patch_size
+        if mode == "square":
+            return (0, 0), [(side, side)]
+        plan = self.plan(width, height)
+        overview = (plan.overview_size[1] // self.patch_size, plan.overview_size[0] // self.patch_size)
+        if mode == "overview" or plan.grid is None:
+            return (0, 0), [overview]
+        cell = (plan.slice_size[1] // self.patch_size, plan.slice_size[0] // self.patch_size)
+        return (plan.grid[1], plan.grid[0]), [cell] * plan.slices + [overview]
+
+    def plan(self, width: int, height: int):
+        if self.long_side:
+            width, height = long_side_size(width, height, self.long_side)
+        return plan_slices(width, height, self.resolution, self.patch_size, self.max_slices)
+
+    def cut(self, image: Image.Image, image_mode: str | None = None) -> list[Image.Image]:
+        """The slices in row-major order, then the overview."""
+        mode = image_mode or self.image_mode
+        if mode == "square":
+            return [self.square(image)]
+        if self.long_side:
+            image = image.resize(long_side_size(*image.size, self.long_side), Image.Resampling.BICUBIC)
+        plan = plan_slices(*image.size, self.resolution, self.patch_size, self.max_slices)
+        overview = image.resize(plan.overview_size, Image.Resampling.BICUBIC)
+        if mode == "overview" or plan.grid is None:
+            return [overview]
+        (columns, rows), (width, height) = plan.grid, plan.slice_size
+        whole = image.resize((columns * width, rows * height), Image.Resampling.BICUBIC)
+        return [
+            whole.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
+            for y in range(rows)
+            for x in range(columns)
+        ] + [overview]
+
+    def square(self, image: Image.Image) -> Image.Image:
+        """CLIP's default: shorter side to `resolution`, centre crop."""
+        scale = self.resolution / min(image.size)
+        size = tuple(max(int(side * scale), self.resolution) for side in image.size)
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = (size[0] - self.resolution) // 2, (size[1] - self.resolution) // 2
+        return image.crop((left, top, left + self.resolution, top + self.resolution))
+
+    def preprocess(
+        self,
+        images: Image.Image | list[Image.Image],
+        image_mode: str | None = None,
+        return_tensors: str | None = "pt",
+        **kwargs,
+    ) -> BatchFeature:
+        """Pack a list of PIL images.
+
+        Returns:
+            pixel_values (P, 3*patch*patch) uint8; slice_shapes (N, 2) and grids (I, 2) int64, rows then columns.
+        """
+        images = images if isinstance(images, (list, tuple)) else [images]
+        patches, shapes, grids = [], [], []
+        for image in images:
+            image = to_rgb(image)
+            grid, slice_shapes = self.layout(*image.size, image_mode)
+            patches += [patchify(piece, self.patch_size) for piece in self.cut(image, image_mode)]
+            shapes += slice_shapes
+            grids.append(grid)
+        return BatchFeature(
+            {
+                "pixel_values": torch.from_numpy(np.concatenate(patches)),
+                "slice_shapes": torch.tensor(shapes),
+                "grids": torch.tensor(grids),
+            }
+        )
+
+    __call__ = preprocess
+
+
+AutoImageProcessor.register(LlavaUHDConfig, LlavaUHDImageProcessor)

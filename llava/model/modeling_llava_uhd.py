@@ -1,0 +1,244 @@
+"""LLaVA-UHD: CLIP over slices -> projector -> any causal language model.
+
+The processor has already laid out the token sequence, separators included; the model encodes the slices, stitches
+each image's slices into one row-major map, and scatters the features over the placeholder tokens. When the counts
+differ it raises: nothing is dropped or repeated.
+
+Shapes: B batch, T sequence, P packed patches, N slices, I images, C language-model width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from llava.model.configuration_llava_uhd import LlavaUHDConfig
+from llava.model.resampler import MlpProjector, SpatialResampler
+from llava.model.vision import SliceEncoder
+
+
+@dataclass
+class LlavaUHDOutput(ModelOutput):
+    """`logits` is None when labels were given: the loss needs logits only where there is a label."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class LlavaUHDPreTrainedModel(PreTrainedModel):
+    config_class = LlavaUHDConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CLIPEncoderLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, SpatialResampler):
+            module.reset_parameters()
+        elif isinstance(module, nn.MultiheadAttention):
+            pass  # belongs to the resampler, which initialises it as published
+        else:
+            super()._init_weights(module)
+
+
+class LlavaUHDModel(LlavaUHDPreTrainedModel):
+    """Tower, projector and language model without its head."""
+
+    def __init__(self, config: LlavaUHDConfig):
+        super().__init__(config)
+        width, vision_width = config.text_config.hidden_size, config.vision_config.hidden_size
+        self.vision_tower = SliceEncoder(
+            config.vision_config, config.vision_feature_layer, config.image_mean, config.image_std
+        )
+        if config.projector_type == "spatial_resampler":
+            self.projector = SpatialResampler(
+                vision_width, width, config.resampler_grid, config.resampler_heads, config.resampler_roi_aligned
+            )
+        else:
+            self.projector = MlpProjector(vision_width, width)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def encode_images(self, pixel_values: Tensor, slice_shapes: Tensor, grids: Tensor) -> Tensor:
+        """All image tokens of the batch in placeholder order, without separators: (image tokens, C).
+
+        Args:
+            pixel_values: (P, channels * patch**2) uint8.
+            slice_shapes: (N, 2) rows and columns of patches of every slice; an image's overview comes last.
+            grids: (I, 2) rows and columns of slices of every image; (0, 0) for overview only.
+        """
+        shapes = [tuple(shape) for shape in slice_shapes.tolist()]
+        features = self.vision_tower(pixel_values, shapes)
+        tokens: list[Tensor | None] = [None] * len(shapes)
+        for shape in dict.fromkeys(shapes):
+            members = [index for index, other in enumerate(shapes) if other == shape]
+            projected = self.projector(torch.stack([features[index] for index in members]), shape)
+            for index, token in zip(members, projected.unbind(), strict=True):
+                tokens[index] = token
+        pieces, start = [], 0
+        for rows, columns in grids.tolist():
+            slices = rows * columns
+            if slices:
+                pieces.append(self.stitch(tokens[start : start + slices], rows, columns, shapes[start]))
+            pieces.append(tokens[start + slices])
+            start += slices + 1
+        if start != len(tokens):
+            raise ValueError(f"grids describe {start} slices (overviews included), slice_shapes holds {len(tokens)}")
+        return torch.cat(pieces)
+
+    def stitch(self, slices: list[Tensor], rows: int, columns: int, shape: tuple[int, int]) -> Tensor:
+        """Slices of a rows x columns grid, each (h*w, C), as one row-major map (rows*h*columns*w, C)."""
+        if isinstance(self.projector, SpatialResampler):
+            shape = (self.projector.grid, self.projector.grid)
+        maps = torch.stack(slices).unflatten(1, shape).unflatten(0, (rows, columns))  # (rows, columns, h, w, C)
+        return maps.transpose(1, 2).flatten(0, 3)
+
+    def dummy_features(self) -> Tensor:
+        """Features of one black square: keeps every rank's graph the same when a batch has no image (ZeRO, DDP)."""
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        patches = torch.zeros(
+            side * side, vision.num_channels * vision.patch_size**2, dtype=torch.uint8, device=self.device
+        )
+        return self.encode_images(patches, torch.tensor([[side, side]]), torch.tensor([[0, 0]]))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        slice_shapes: Tensor | None = None,
+        grids: Tensor | None = None,
+        **kwargs,
+    ):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            placeholders = input_ids == self.config.image_token_id
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+            if pixel_values is not None:
+                features = self.encode_images(pixel_values, slice_shapes, grids).to(inputs_embeds.dtype)
+                if len(features) != int(placeholders.sum()):
+                    raise ValueError(
+                        f"{int(placeholders.sum())} image placeholders in input_ids, but {len(features)} image features "
+                        "from pixel_values; make both with the processor of this checkpoint"
+                    )
+                inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), features)
+            elif bool(placeholders.any()):
+                raise ValueError("input_ids has image placeholders, but there are no pixel_values")
+            elif self.training:
+                inputs_embeds = inputs_embeds + 0.0 * self.dummy_features().sum().to(inputs_embeds.dtype)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+
+class LlavaUHDForConditionalGeneration(LlavaUHDPreTrainedModel, GenerationMixin):
+    """The whole model with its LM head; trains, generates, saves and loads like any HF model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LlavaUHDConfig):
+        super().__init__(config)
+        self.model = LlavaUHDModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        slice_shapes: Tensor | None = None,
+        grids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> LlavaUHDOutput:
+        """Next-token prediction.
+
+        Args:
+            input_ids: (B, T) with `image_token_id` where image features go.
+            pixel_values, slice_shapes, grids: see `LlavaUHDModel.encode_images`; all three or none.
+            labels: (B, T), -100 where nothing is learned. Only positions with a label reach the LM head.
+            num_items_in_batch: labelled tokens of the whole (accumulated) batch; the loss is the sum over tokens
+                divided by it, or the mean when absent.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            slice_shapes=slice_shapes,
+            grids=grids,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state  # (B, T, C)
+        loss = logits = None
+        if labels is None:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
+        else:
+            targets = labels[:, 1:]
+            labelled = targets != -100
+            scores = self.lm_head(hidden[:, :-1][labelled]).float()  # (labelled, vocabulary)
+            total = F.cross_entropy(scores, targets[labelled], reduction="sum")
+            loss = total / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
+        return LlavaUHDOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, pixel_values=None, slice_shapes=None, grids=None, is_first_iteration=False, **kwargs
+    ):
+        """Images enter with the prompt only; later steps continue from the cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            inputs.update(pixel_values=pixel_values, slice_shapes=slice_shapes, grids=grids)
+        return inputs
+
+
+AutoModel.register(LlavaUHDConfig, LlavaUHDModel)
+AutoModelForImageTextToText.register(LlavaUHDConfig, LlavaUHDForConditionalGeneration)

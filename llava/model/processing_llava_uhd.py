@@ -1,0 +1,184 @@
+"""Processor: text with `<image>` and images -> token ids with placeholders laid out, and packed patches.
+
+The layout of one image in the sequence is decided here and nowhere else (LLaVA-UHD as used by SICOG): the slices'
+features as one row-major map, a newline token after every feature row, one comma, then the overview's tokens. Each
+feature is one placeholder id; the separators are ordinary tokens of the vocabulary.
+"""
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
+
+from llava.model.configuration_llava_uhd import LlavaUHDConfig
+from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor, to_rgb
+
+IMAGE_TOKEN = "<image>"
+
+# ChatML as Qwen2 uses it; `generation` marks what the assistant says, its end token included: the default labels.
+CHATML = (
+    "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\n' }}"
+    "{%- if message['content'] is string %}{% set text = message['content'] %}{% else %}"
+    "{%- set parts = namespace(text='') %}{% for part in message['content'] %}"
+    "{%- if part['type'] == 'image' %}{% set parts.text = parts.text + '<image>\n' %}"
+    "{%- elif part['type'] == 'text' %}{% set parts.text = parts.text + part['text'] %}{% endif %}{% endfor %}"
+    "{%- set text = parts.text %}{% endif %}"
+    "{%- if message['role'] == 'assistant' %}{% generation %}{{- text + '<|im_end|>' }}{% endgeneration %}"
+    "{%- else %}{{- text + '<|im_end|>' }}{% endif %}{{- '\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class LlavaUHDProcessor(ProcessorMixin):
+    """Tokenizer and image processor as one.
+
+    Args:
+        resampler_grid: queries along one side of the projector's output for a slice; None when the projector keeps
+            one token a patch (`mlp2x_gelu`).
+        newline_token_id, comma_token_id: row and slice/overview separators; from the tokenizer when absent.
+            Published checkpoints need 13 and 29892 here, whatever their tokenizer says.
+    """
+
+    def __init__(
+        self,
+        image_processor: LlavaUHDImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        resampler_grid: int | None = 12,
+        newline_token_id: int | None = None,
+        comma_token_id: int | None = None,
+        **kwargs,
+    ):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.resampler_grid = resampler_grid
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer has no {IMAGE_TOKEN} token; build the checkpoint with llava.model.assemble")
+        self.newline_token_id = single_token(tokenizer, "\n") if newline_token_id is None else newline_token_id
+        self.comma_token_id = single_token(tokenizer, ",") if comma_token_id is None else comma_token_id
+
+    def image_ids(self, width: int, height: int, image_mode: str | None = None) -> list[int]:
+        """Token ids that stand for one image of this size."""
+        (rows, columns), shapes = self.image_processor.layout(width, height, image_mode)
+        ids: list[int] = []
+        if rows:
+            h, w = self.token_grid(shapes[0])
+            row = [self.image_token_id] * (columns * w) + [self.newline_token_id]
+            ids += row * (rows * h) + [self.comma_token_id]
+        h, w = self.token_grid(shapes[-1])
+        return ids + [self.image_token_id] * (h * w)
+
+    def token_grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape if self.resampler_grid is None else (self.resampler_grid, self.resampler_grid)
+
+    def expand(self, ids: list[int], image_ids: list[list[int]]) -> list[int]:
+        """Replace the k-th image token of `ids` by `image_ids[k]`. Raises ValueError when the counts differ."""
+        found = ids.count(self.image_token_id)
+        if found != len(image_ids):
+            raise ValueError(f"the text has {found} {IMAGE_TOKEN} but {len(image_ids)} images were given")
+        expanded: list[int] = []
+        images = iter(image_ids)
+        for token in ids:
+            if token == self.image_token_id:
+                expanded += next(images)
+            else:
+                expanded.append(token)
+        return expanded
+
+    def encode_conversation(
+        self,
+        messages: list[dict[str, str]],
+        image_sizes: list[tuple[int, int]],
+        image_mode: str | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a whole conversation, image tokens expanded.
+
+        Labels are -100 except on what the assistant says and its end token. `messages` are role/content dicts.
+        """
+        encoded = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, return_dict=True, return_assistant_tokens_mask=True
+        )
+        images = [self.image_ids(width, height, image_mode) for width, height in image_sizes]
+        ids = self.expand(encoded["input_ids"], images)
+        labels: list[int] = []
+        remaining = iter(images)
+        for token, spoken in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+            if token == self.image_token_id:
+                labels += [-100] * len(next(remaining))
+            else:
+                labels.append(token if spoken else -100)
+        return ids, labels
+
+    def __call__(
+        self,
+        images: Image.Image | list | None = None,
+        text: str | list[str] | None = None,
+        image_mode: str | None = None,
+        padding_side: str = "left",
+        **kwargs,
+    ) -> BatchFeature:
+        """Prompts (chat template already applied) and their images, in order, for generation.
+
+        Returns:
+            input_ids and attention_mask (B, T), padded on `padding_side`, plus the image processor's output.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        pictures = [to_rgb(image) for image in flatten(images)]
+        queue = iter(pictures)
+        rows = []
+        for prompt in texts:
+            ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            wanted = ids.count(self.image_token_id)
+            own = [image for _, image in zip(range(wanted), queue, strict=False)]
+            rows.append(self.expand(ids, [self.image_ids(*image.size, image_mode) for image in own]))
+        if (left := len(list(queue))) > 0:
+            raise ValueError(f"{left} more images than {IMAGE_TOKEN} in the text")
+        batch = pad(rows, self.tokenizer.pad_token_id, padding_side)
+        if pictures:
+            batch.update(self.image_processor(pictures, image_mode=image_mode))
+        return BatchFeature(batch)
+
+    def prompt(self, messages: list[dict[str, str]]) -> str:
+        """The text of a conversation with an open assistant turn."""
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
+
+
+def single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ValueError(f"{text!r} is {len(ids)} tokens in this vocabulary; give the separator ids explicitly")
+    return ids[0]
+
+
+def flatten(images: Image.Image | list | None) -> list[Image.Image]:
+    """One image, a list, or a list of lists (one per prompt) as a flat list."""
+    if images is None:
+        return []
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [image for item in images for image in flatten(item)]
+
+
+def pad(rows: list[list[int]], pad_token_id: int, side: str) -> dict[str, torch.Tensor]:
+    """Ragged ids as input_ids and attention_mask (B, T)."""
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), pad_token_id)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        where = slice(length - len(row), None) if side == "left" else slice(0, len(row))
+        ids[index, where] = torch.tensor(row)
+        mask[index, where] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+AutoProcessor.register(LlavaUHDConfig, LlavaUHDProcessor)

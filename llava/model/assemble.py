@@ -9,8 +9,9 @@ weights, config, tokenizer with chat template and `<image>`, image processor. St
 
 import argparse
 import json
-import sys
 from pathlib import Path
+
+from llava.errors import UserError, run_command
 
 
 def assemble(
@@ -25,11 +26,11 @@ def assemble(
     """Write the checkpoint folder and return its path.
 
     Raises:
-        ValueError: a folder is missing or is no CLIP / causal-LM folder, or the tokenizer has no ChatML tokens.
+        UserError: a folder is missing or is no CLIP / causal-LM folder, or the tokenizer has no ChatML tokens.
     """
     for folder, what in ((vision, "CLIP"), (language, "language-model")):
         if not (Path(folder) / "config.json").is_file():
-            raise ValueError(f"{folder} has no config.json; --vision and --language want {what} folders as published")
+            raise UserError(f"{folder} has no config.json; --vision and --language want {what} folders as published")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, GenerationConfig
 
@@ -43,7 +44,7 @@ def assemble(
     language_model = AutoModelForCausalLM.from_pretrained(language, dtype=weight_type)
     tokenizer = AutoTokenizer.from_pretrained(language)
     if "<|im_start|>" not in tokenizer.get_vocab():
-        raise ValueError(f"the tokenizer in {language} has no <|im_start|>; only ChatML language models are supported")
+        raise UserError(f"the tokenizer in {language} has no <|im_start|>; only ChatML language models are supported")
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     tokenizer.chat_template = CHATML
 
@@ -98,12 +99,8 @@ def main() -> None:
     parser.add_argument("--resampler_grid", type=int, default=12, help="queries a side; 12 in the paper")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--seed", type=int, default=0, help="of the new projector")
-    arguments = vars(parser.parse_args())
-    try:
-        print(f"wrote {assemble(**arguments)}")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    print(f"wrote {assemble(**vars(parser.parse_args()))}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,6 +15,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top-level name wants torchvision
 
+from llava.errors import UserError
 from llava.model.configuration_llava_uhd import LlavaUHDConfig
 from llava.model.slicing import long_side_size, plan_slices
 
@@ -22,7 +23,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_MODES = ("uhd", "overview", "square")
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image that cannot be read; the message names the file and what is wrong with it."""
 
 

@@ -1,0 +1,117 @@
+"""Training samples: a record and its images -> token ids, labels and packed patches.
+
+Records are read and checked once, before training starts: ids, speakers, one `<image>` per image. A sample whose
+image turns out unreadable stops the run with its name; it is never replaced by its neighbour.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from llava.errors import UserError
+from llava.model.image_processing_llava_uhd import ImageError, find_image, image_size, load_image
+from llava.model.processing_llava_uhd import LlavaUHDProcessor
+from llava.prompts import IMAGE, with_image
+from llava.records import Record, check_placeholders, check_trainable, images_of, messages_of, read_records
+
+logger = logging.getLogger(__name__)
+
+
+class ConversationDataset(Dataset):
+    """Conversations of one or more record files.
+
+    Args:
+        paths: `.json` or `.jsonl` files, concatenated in order; naming a file twice weighs it twice.
+        image_folder: root of the image paths; each file's own folder when None.
+        processor: of the checkpoint that is trained.
+        max_length: longest sequence; see `encode`.
+        image_mode: `overview` for stage 1, None for the processor's own.
+    """
+
+    def __init__(
+        self,
+        paths: list[str],
+        processor: LlavaUHDProcessor,
+        image_folder: str | None = None,
+        max_length: int = 4096,
+        image_mode: str | None = None,
+    ):
+        self.processor, self.max_length, self.image_mode = processor, max_length, image_mode
+        self.records: list[Record] = []
+        self.folders: list[str] = []
+        for path in paths:
+            before = len(self.records)
+            for number, record in enumerate(read_records(path), 1):
+                where = f"{path} record {number}"
+                check_placeholders(record, where)
+                check_trainable(record, where)
+                self.records.append(record)
+            if len(self.records) == before:
+                raise UserError(f"{path} holds no records. Fix: check the stage that should have written it")
+            self.folders += [image_folder or str(Path(path).parent)] * (len(self.records) - before)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def image_paths(self, index: int) -> list[Path]:
+        return [find_image(self.folders[index], name) for name in images_of(self.records[index])]
+
+    def check_images(self) -> None:
+        """Raise ImageError for the first image whose header cannot be read; reads no pixels."""
+        for index in range(len(self)):
+            self.image_sizes(index)
+
+    def image_sizes(self, index: int) -> list[tuple[int, int]]:
+        try:
+            return [image_size(path) for path in self.image_paths(index)]
+        except ImageError as error:
+            raise ImageError(f"record {self.records[index]['id']!r}: {error}") from error
+
+    def length(self, index: int) -> int:
+        """Tokens of a sample without tokenising it: exact for images, about 4 characters a token for text."""
+        record = self.records[index]
+        images = sum(len(self.processor.image_ids(*size, self.image_mode)) for size in self.image_sizes(index))
+        return images + sum(len(message["content"]) for message in messages_of(record)) // 4 + 16
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A sample with the keys of `collator.py`, unbatched, plus the record's id."""
+        record = self.records[index]
+        try:
+            images = [load_image(path) for path in self.image_paths(index)]
+        except ImageError as error:
+            raise ImageError(f"record {record['id']!r}: {error}") from error
+        ids, labels = self.encode(record, [image.size for image in images])
+        sample: dict[str, Any] = {"id": record["id"], "input_ids": ids, "labels": labels}
+        if images:
+            sample.update(self.processor.image_processor(images, image_mode=self.image_mode))
+        return sample
+
+    def encode(self, record: Record, sizes: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """Token ids and labels, cut on the right to `max_length` with a warning.
+
+        Raises UserError when cutting would take an image token or leave nothing to learn.
+        """
+        ids, labels = self.processor.encode_conversation(training_messages(record), sizes, self.image_mode)
+        if len(ids) > self.max_length:
+            lost_image = self.processor.image_token_id in ids[self.max_length :]
+            if lost_image or all(label == -100 for label in labels[: self.max_length]):
+                raise UserError(
+                    f"record {record['id']!r} has {len(ids)} tokens; cutting it to --max_length {self.max_length} would "
+                    "lose an image or the whole answer. Fix: raise --max_length, or drop the record"
+                )
+            logger.warning("record %r cut from %d to %d tokens", record["id"], len(ids), self.max_length)
+            ids, labels = ids[: self.max_length], labels[: self.max_length]
+        return ids, labels
+
+
+def training_messages(record: Record) -> list[dict[str, str]]:
+    """The record's messages; a single `<image>` inside a user's message moves to its front, as in generation."""
+    messages = messages_of(record)
+    return [
+        {**message, "content": with_image(message["content"])}
+        if message["role"] == "user" and message["content"].count(IMAGE) == 1
+        else message
+        for message in messages
+    ]

@@ -1,0 +1,292 @@
+"""Records and their files: what every stage reads and writes. Standard library only.
+
+A record is the LLaVA JSON people already have, plus optional fields that stages add:
+
+    {"id": "000123", "image": "coco/000123.jpg",
+     "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A bus."}],
+     "candidates": [...], "scores": [...], "chosen": "...", "rejected": "...", "lineage": {...}}
+
+`.json` (one list) and `.jsonl` are read; `.jsonl` is written. Whole files appear by rename, so a file that exists is
+complete; growing files are append-only, one record a line, and a torn last line is cut off when they are opened again.
+Rows are matched by `id`, never by position. A row that fails is written to `<output>.rejected.jsonl` with its reason.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llava.errors import UserError, run_command
+
+Record = dict[str, Any]
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+IMAGE = "<image>"
+
+
+class RecordError(UserError):
+    """A file or record that cannot be used. The message names file, line, id, field and the fix."""
+
+
+def fail(where: str, problem: str, fix: str) -> RecordError:
+    return RecordError(f"{where}: {problem}. Fix: {fix}")
+
+
+def read_records(path: str | Path) -> Iterator[Record]:
+    """Stream the records of a `.json` list or a `.jsonl` file, each checked by `check_record`.
+
+    Integer ids become strings. Raises RecordError at the first record that is no record.
+    """
+    for line, record in read_rows(path):
+        where = f"{path} record {line}"
+        if not isinstance(record, dict):
+            raise fail(where, f"is a {type(record).__name__}, not an object", "one JSON object per record")
+        yield check_record(record, where)
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line or item number, parsed value) of a JSON list or JSON-lines file. Duplicate keys and NaN are errors."""
+    path = Path(path)
+    if not path.is_file():
+        raise fail(str(path), "is no file", "give the path of a .json or .jsonl file of records")
+    with path.open("rb") as file:
+        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+        file.seek(0)
+        if head.startswith(b"["):
+            yield from enumerate(parse_json(file.read(), str(path)), 1)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, parse_json(line, f"{path} line {number}")
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique_keys, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise fail(where, f"is not valid JSON ({error})", "repair or delete it") from error
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return fields
+
+
+def no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not allowed")
+
+
+def check_record(record: Record, where: str) -> Record:
+    """The record with a string id, or RecordError saying which field is wrong and what to do."""
+    identifier = record.get("id")
+    if isinstance(identifier, int) and not isinstance(identifier, bool):
+        record = {**record, "id": str(identifier)}
+    elif not isinstance(identifier, str) or not identifier:
+        fix = "give every record a unique id; `python -m llava.records FILE --number OUT` numbers them"
+        raise fail(where, f"field id is {identifier!r}", fix)
+    where = f"{where}, id {record['id']!r}"
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise fail(where, "field conversations is missing or empty", 'a list of {"from": "human"|"gpt", "value": ...}')
+    for number, turn in enumerate(turns):
+        role = ROLES.get(turn.get("from", turn.get("role"))) if isinstance(turn, dict) else None
+        text = turn.get("value", turn.get("content")) if role else None
+        if role is None:
+            raise fail(where, f"conversations[{number}] has no known speaker", 'set "from" to "human" or "gpt"')
+        if not isinstance(text, str):
+            raise fail(where, f"conversations[{number}] has no text", 'set "value" to a string')
+    for name in images_of(record):
+        if not isinstance(name, str) or not name:
+            raise fail(where, f"field image holds {name!r}", "a path below the image folder, or a list of paths")
+    return record
+
+
+def images_of(record: Record) -> list[str]:
+    """The record's image paths: none, one or several."""
+    image = record.get("image")
+    if image is None:
+        return []
+    return image if isinstance(image, list) else [image]
+
+
+def messages_of(record: Record) -> list[dict[str, str]]:
+    """The conversation as role/content messages, in order."""
+    return [
+        {"role": ROLES[turn.get("from", turn.get("role"))], "content": turn.get("value", turn.get("content"))}
+        for turn in record["conversations"]
+    ]
+
+
+def question_of(record: Record) -> str:
+    """The first thing the user says."""
+    for message in messages_of(record):
+        if message["role"] == "user":
+            return message["content"]
+    raise RecordError(f"record {record['id']!r} has no human turn. Fix: add one, or drop the record")
+
+
+def check_placeholders(record: Record, where: str) -> None:
+    """Raise RecordError unless the user's turns hold exactly one `<image>` per image."""
+    images = len(images_of(record))
+    found = sum(message["content"].count(IMAGE) for message in messages_of(record))
+    if found != images:
+        fix = "one <image> in the human turn for each image" if images else "remove <image>, or add the image field"
+        raise fail(f"{where}, id {record['id']!r}", f"{images} images but {found} <image> in the text", fix)
+
+
+def check_trainable(record: Record, where: str) -> None:
+    """Raise RecordError unless turns alternate user, assistant and at least one answer is not empty."""
+    roles = [message["role"] for message in messages_of(record) if message["role"] != "system"]
+    expected = ["user", "assistant"] * (len(roles) // 2)
+    if roles != expected or not roles:
+        raise fail(f"{where}, id {record['id']!r}", f"speakers are {roles}", "alternate human and gpt, human first")
+    if not any(m["content"].strip() for m in messages_of(record) if m["role"] == "assistant"):
+        raise fail(f"{where}, id {record['id']!r}", "every answer is empty", "give the gpt turn a text, or drop the record")
+
+
+def read_unique(path: str | Path) -> Iterator[Record]:
+    """`read_records`, refusing an id that occurs twice."""
+    seen: set[str] = set()
+    for record in read_records(path):
+        if record["id"] in seen:
+            raise fail(str(path), f"id {record['id']!r} occurs twice", "make ids unique; results are matched by id")
+        seen.add(record["id"])
+        yield record
+
+
+def dump(record: Any) -> str:
+    """One line of JSON."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+
+
+def write_records(path: str | Path, records: Iterable[Any]) -> int:
+    """Write a JSON-lines file that appears complete or not at all; returns the number of records."""
+    count = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal count
+        for record in records:
+            count += 1
+            yield dump(record) + "\n"
+
+    write_atomically(path, lines())
+    return count
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write an indented JSON file that appears complete or not at all."""
+    write_atomically(path, [json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"])
+
+
+def write_atomically(path: str | Path, pieces: Iterable[str]) -> None:
+    """Write text beside `path`, flush it to disk, then rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class RecordAppender:
+    """An append-only JSON-lines file that survives a kill: reopen it and go on.
+
+    A torn last line is cut off on opening. Every `append` reaches the operating system before it returns; every
+    `sync_every` records reach the disk.
+    """
+
+    def __init__(self, path: str | Path, sync_every: int = 64):
+        self.path, self.sync_every, self.unsynced = Path(path), sync_every, 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        cut_torn_line(self.path)
+        self.file = self.path.open("ab", buffering=0)
+
+    def append(self, record: Any) -> None:
+        data = (dump(record) + "\n").encode()
+        if self.file.write(data) != len(data):
+            raise OSError(f"{self.path}: only part of a record could be written; is the disk full?")
+        self.unsynced += 1
+        if self.unsynced >= self.sync_every:
+            os.fsync(self.file.fileno())
+            self.unsynced = 0
+
+    def __enter__(self) -> "RecordAppender":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def cut_torn_line(path: Path) -> None:
+    """Remove what follows the last newline: the half-written record of a killed process."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        size = keep = file.seek(0, os.SEEK_END)
+        while keep > 0:
+            start = max(keep - 65536, 0)
+            file.seek(start)
+            newline = file.read(keep - start).rfind(b"\n")
+            if newline >= 0:
+                keep = start + newline + 1
+                break
+            keep = start
+        if keep < size:
+            file.truncate(keep)
+
+
+def rejected_path(output: str | Path) -> Path:
+    """Where the failed rows of `output` go."""
+    output = Path(output)
+    return output.with_name(f"{output.stem}.rejected.jsonl")
+
+
+def rejection(record: Record, reason: str, **details: Any) -> Record:
+    """A row of a rejected file: the id, why it failed, and what helps to repair it."""
+    return {"id": record.get("id"), "reason": reason, **details}
+
+
+def read_jsonl(path: str | Path) -> Iterator[Any]:
+    """Values of a JSON-lines file that this package wrote; nothing when it does not exist yet."""
+    if Path(path).is_file():
+        for _, value in read_rows(path):
+            yield value
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def main() -> None:
+    """Check record files, or give every record of a file a new unique id."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m llava.records", description=main.__doc__)
+    parser.add_argument("files", nargs="+", help=".json or .jsonl files of records")
+    parser.add_argument("--number", metavar="OUT", help="write the records with ids <file stem>-<number> to OUT")
+    arguments = parser.parse_args()
+    if arguments.number:
+        rows = ((path, number, row) for path in arguments.files for number, row in read_rows(path))
+        records = ({**row, "id": f"{Path(path).stem}-{number}"} for path, number, row in rows)
+        print(f"{write_records(arguments.number, records)} records in {arguments.number}")
+        return
+    for path in arguments.files:
+        print(f"{path}: {sum(1 for _ in read_unique(path))} records, all valid, ids unique")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,122 @@
+"""The command line of supervised training: our flags, then every flag of transformers' TrainingArguments.
+
+Only the standard library is imported here, so that `--help` and a mistyped flag answer at once.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from llava.errors import UserError
+
+NOTE = """Every flag of transformers.TrainingArguments is accepted too: --learning_rate, --num_train_epochs,
+--per_device_train_batch_size, --deepspeed, --report_to (tensorboard, wandb, trackio), --save_steps, ...
+--bf16 is on where a GPU is present, unless --bf16 False or --fp16 is given."""
+
+
+def flag(help_text: str, default: Any = MISSING, **more: Any):
+    """A dataclass field with its help."""
+    metadata = {"help": help_text, **more}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model_name_or_path: str = flag("checkpoint folder to start from")
+    train_parts: str = flag("comma-separated parts that train: vision, projector, language", "vision,projector,language")
+    attn_implementation: str | None = flag("sdpa, eager or flash_attention_2; default: flash if installed", None)
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data_path: str = flag("record files (.json, .jsonl), comma-separated; a file named twice weighs twice")
+    image_folder: str | None = flag("root of the records' image paths; default: each file's own folder", None)
+    overview_only: bool = flag("show each image without slices (stage 1)", False)
+    max_length: int = flag("longest sequence in tokens, image tokens included", 4096)
+    global_batch_size: int | None = flag("samples per optimizer step over all GPUs; derives the accumulation", None)
+    group_by_length: bool = flag("batch samples of similar length", True)
+    dry_run: bool = flag("check arguments and data, report what would happen, touch nothing", False)
+
+
+def print_help(module: str, description: str, *groups: type) -> None:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=NOTE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for group in groups:
+        section = parser.add_argument_group(group.__doc__)
+        for entry in fields(group):
+            shown = "required" if entry.default is MISSING else f"default: {entry.default}"
+            section.add_argument(f"--{entry.name}", metavar="", help=f"{entry.metadata['help']} ({shown})")
+    parser.print_help()
+
+
+def parse_arguments(module: str, description: str, *own: type, defaults: dict[str, Any]) -> tuple:
+    """Parse sys.argv into our dataclasses and a TrainingArguments.
+
+    Args:
+        defaults: TrainingArguments that hold unless the command line says otherwise.
+    """
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print_help(module, description, *own)
+        sys.exit(0 if arguments else 2)
+    check_own_flags(arguments, own)
+
+    import torch
+    from transformers import HfArgumentParser, TrainingArguments
+
+    given = {argument.split("=")[0].lstrip("-") for argument in arguments if argument.startswith("--")}
+    hardware = {"bf16": True} if torch.cuda.is_available() and "fp16" not in given else {}
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        hardware["use_cpu"] = True
+    for name, value in {**defaults, **hardware}.items():
+        if name not in given:
+            arguments += [f"--{name}", str(value)]
+    return HfArgumentParser((*own, TrainingArguments)).parse_args_into_dataclasses(arguments)
+
+
+def check_own_flags(arguments: list[str], own: tuple[type, ...]) -> None:
+    """Raise UserError for a required flag of ours that is missing or empty."""
+    values = dict(zip(arguments, [*arguments[1:], ""], strict=True))
+    values.update(argument.split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
+    for group in own:
+        for entry in fields(group):
+            if entry.default is MISSING and values.get(f"--{entry.name}", "") in ("", "''"):
+                raise UserError(f"--{entry.name} is missing: {entry.metadata['help']}")
+
+
+def derive_accumulation(global_batch_size: int | None, per_device: int, accumulation: int, given: bool) -> int:
+    """Gradient accumulation steps that make the stated global batch, checked.
+
+    Args:
+        given: whether the user stated `accumulation` too; then both must agree.
+
+    Raises:
+        UserError: the global batch is not a multiple, or the two statements disagree.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if global_batch_size is None:
+        return accumulation
+    step = per_device * world
+    if global_batch_size % step:
+        raise UserError(
+            f"global batch {global_batch_size} is not a multiple of {per_device} per device x {world} processes = {step}. "
+            "Fix: change GLOBAL_BATCH_SIZE or the batch per device"
+        )
+    derived = global_batch_size // step
+    if given and accumulation != derived:
+        raise UserError(
+            f"accumulation {accumulation} x {per_device} per device x {world} processes = {accumulation * step}, but the "
+            f"global batch is stated as {global_batch_size}. Fix: drop one of ACCU_STEPS and GLOBAL_BATCH_SIZE, or make "
+            f"ACCU_STEPS {derived}"
+        )
+    return derived

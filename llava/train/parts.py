@@ -1,0 +1,49 @@
+"""Which parts of the model train: vision, projector, language. Everything else stays bit-identical.
+
+Stage 1 trains the projector; stages 0, 1.5 and 2 train all three (paper, step 4). Parameters that the forward pass
+never reaches (the tower's last layer, of which the features are not used) never train.
+"""
+
+import logging
+
+from torch import nn
+
+from llava.errors import UserError
+from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
+
+PARTS = ("vision", "projector", "language")
+
+logger = logging.getLogger(__name__)
+
+
+def part_modules(model: LlavaUHDForConditionalGeneration) -> dict[str, list[nn.Module]]:
+    return {
+        "vision": [model.model.vision_tower],
+        "projector": [model.model.projector],
+        "language": [model.model.language_model, model.lm_head],
+    }
+
+
+def set_trainable(model: LlavaUHDForConditionalGeneration, parts: list[str]) -> dict[str, int]:
+    """Freeze everything, then release `parts`; returns the number of trainable parameters of each part.
+
+    Raises UserError for an unknown part or an empty list.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise UserError(f"--train_parts is {','.join(parts)!r}; give some of {', '.join(PARTS)}, comma-separated")
+    model.requires_grad_(False)
+    modules = part_modules(model)
+    for part in parts:
+        for module in modules[part]:
+            module.requires_grad_(True)
+    for parameter in model.model.vision_tower.unused_parameters():
+        parameter.requires_grad_(False)
+    counts = {}
+    for part in PARTS:
+        parameters = {id(p): p for module in modules[part] for p in module.parameters()}.values()
+        counts[part] = sum(p.numel() for p in parameters if p.requires_grad)
+        total = sum(p.numel() for p in parameters)
+        state = f"trains {counts[part]:,} of" if counts[part] else "frozen,"
+        logger.info("%s: %s %s parameters", part, state, f"{total:,}")
+    return counts

@@ -144,7 +144,9 @@ def check_trainable(record: Record, where: str) -> None:
     if roles != expected or not roles:
         raise fail(f"{where}, id {record['id']!r}", f"speakers are {roles}", "alternate human and gpt, human first")
     if not any(m["content"].strip() for m in messages_of(record) if m["role"] == "assistant"):
-        raise fail(f"{where}, id {record['id']!r}", "every answer is empty", "give the gpt turn a text, or drop the record")
+        raise fail(
+            f"{where}, id {record['id']!r}", "every answer is empty", "give the gpt turn a text, or drop the record"
+        )
 
 
 def read_unique(path: str | Path) -> Iterator[Record]:

@@ -45,6 +45,7 @@ class Run:
 
     def __init__(self, folder: Path, stage: str, state: dict[str, Any]):
         self.folder, self.stage, self.state = folder, stage, state
+        self.earlier, self.began = state.get("seconds", 0.0), time.time()
         self.counts: dict[str, int] = {}
 
     @property
@@ -52,16 +53,15 @@ class Run:
         return self.state["status"] == "complete"
 
     def save(self, status: str) -> None:
-        self.state.update(status=status, counts=self.counts)
+        seconds = round(self.earlier + time.time() - self.began, 1)
+        self.state.update(status=status, counts=self.counts, seconds=seconds, saved=time.time())
         write_json(self.folder / "run.json", self.state)
 
     def finish(self, output: Path, **counts: int) -> None:
         """Mark the run complete and print its one line: counts in and out, duration, where the output is."""
         self.counts.update(counts)
-        seconds = time.time() - self.state["started"]
-        self.state.update(finished=time.time(), seconds=round(seconds, 1))
         self.save("complete")
-        print_stage(self.stage, self.counts, seconds, output)
+        print_stage(self.stage, self.counts, time.time() - self.began, output)
 
 
 def print_stage(stage: str, counts: dict[str, int], seconds: float, output: Path) -> None:

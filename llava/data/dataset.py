@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from llava.errors import UserError
-from llava.model.image_processing_llava_uhd import ImageError, find_image, image_size, load_image
+from llava.images import ImageError, find_image, image_size, load_image
 from llava.model.processing_llava_uhd import LlavaUHDProcessor
 from llava.prompts import IMAGE, with_image
 from llava.records import Record, check_placeholders, check_trainable, images_of, messages_of, read_records

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from llava.errors import UserError
 from llava.generate.corruption import corrupt
-from llava.generate.sampling import Prompt, Sampling, complete, seed_of
-from llava.model.image_processing_llava_uhd import ImageError, find_image, load_image
+from llava.generate.sampling import Prompt, Sampling, complete
+from llava.images import ImageError, find_image, load_image
 from llava.model.load import load_model, load_processor
 from llava.prompts import with_image
 from llava.records import (
@@ -36,6 +36,7 @@ from llava.records import (
     write_records,
 )
 from llava.runs import fingerprint, local_rank, open_run, rank, read_state, world_size
+from llava.seeds import seed_of
 
 WINDOW = 8  # batches that are sorted by length together
 
@@ -156,7 +157,9 @@ def generate_shard(job: Job, shards: Path, instruction: Callable[[str, str], str
 Item = tuple[Record, Prompt, str | None]
 
 
-def batches(job: Job, records: list[Record], processor, instruction, rejected: RecordAppender, bar) -> Iterator[list[Item]]:
+def batches(
+    job: Job, records: list[Record], processor, instruction, rejected: RecordAppender, bar
+) -> Iterator[list[Item]]:
     """Batches of prompts of similar length. A record that cannot be asked about is rejected with its reason."""
     window: list[Item] = []
     for record in records:
@@ -200,11 +203,11 @@ def merge(job: Job, shards: Path) -> dict[str, int]:
         into = refused if path.name.endswith(".rejected.jsonl") else finished
         for row in read_jsonl(path):
             if row["id"] in finished or row["id"] in refused:
-                raise RecordError(f"id {row['id']!r} is in two shards below {shards}. Fix: delete {shards} and run again")
+                raise RecordError(
+                    f"id {row['id']!r} is in two shards below {shards}. Fix: delete {shards} and run again"
+                )
             into[row["id"]] = row
     write_records(job.output, (finished[identifier] for identifier in ids if identifier in finished))
     write_records(rejected_path(job.output), (refused[identifier] for identifier in ids if identifier in refused))
     candidates = sum(len(record["candidates"]) for record in finished.values())
     return {"in": len(ids), "out": len(finished), "rejected": len(refused), "candidates": candidates}
-
-

@@ -1,7 +1,7 @@
 """Response candidates for image-question pairs (step 2 of the method, reasoning).
 
-    reads   records: `id`, `image`, the question as first human turn
-    writes  candidates.jsonl: the records with `candidates`; with --augment the images are corrupted first
+reads   records: `id`, `image`, the question as first human turn
+writes  candidates.jsonl: the records with `candidates`; with --augment the images are corrupted first
 """
 
 from llava.errors import run_command

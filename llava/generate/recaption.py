@@ -1,7 +1,7 @@
 """Caption candidates for images (step 2 of the method, perception).
 
-    reads   records: `id`, `image`, and for `cod-conv` the first human turn
-    writes  candidates.jsonl: the records with `candidates`, each with text, prompt, seed, sampling, model
+reads   records: `id`, `image`, and for `cod-conv` the first human turn
+writes  candidates.jsonl: the records with `candidates`, each with text, prompt, seed, sampling, model
 """
 
 from llava.errors import run_command

@@ -8,7 +8,6 @@ generation_config: what is not stated here does not happen.
 Shapes: R rows (prompts x candidates), T prompt length, V vocabulary.
 """
 
-import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import DynamicCache, GenerationConfig
 from llava.errors import UserError
 from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
 from llava.model.processing_llava_uhd import LlavaUHDProcessor
+from llava.seeds import seed_of
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,6 @@ class Completion:
         return asdict(self)
 
 
-def seed_of(*key: object) -> int:
-    """A 63-bit seed from any values, the same on every machine."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 @torch.inference_mode()
 def complete(
     model: LlavaUHDForConditionalGeneration,
@@ -106,9 +100,7 @@ def decode(model, processor, inputs, sampling: Sampling, seeds: list[int], count
     end = processor.tokenizer.eos_token_id
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    outputs = model(
-        **inputs, position_ids=positions, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1
-    )
+    outputs = model(**inputs, position_ids=positions, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
     cache = outputs.past_key_values
     cache.batch_repeat_interleave(count)
     mask = mask.repeat_interleave(count, dim=0)
@@ -155,7 +147,9 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities, tokens = (logits.float() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    probabilities, tokens = (
+        (logits.float() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    )
     if sampling.top_k:
         probabilities[:, sampling.top_k :] = 0
     before = probabilities.cumsum(-1) - probabilities

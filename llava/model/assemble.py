@@ -9,6 +9,9 @@ weights, config, tokenizer with chat template and `<image>`, image processor. St
 
 import argparse
 import json
+import os
+import pickle
+import shutil
 from pathlib import Path
 
 from llava.errors import UserError, run_command
@@ -22,12 +25,18 @@ def assemble(
     resampler_grid: int = 12,
     dtype: str = "float32",
     seed: int = 0,
+    projector: str | Path | None = None,
 ) -> Path:
     """Write the checkpoint folder and return its path.
 
+    With `projector`, a published `mm_projector.bin` takes the place of the new one, and the config says what such
+    weights were trained with: RoIAlign without half-cell correction, separator ids 13 and 29892.
+
     Raises:
-        UserError: a folder is missing or is no CLIP / causal-LM folder, or the tokenizer has no ChatML tokens.
+        UserError: the output exists, a folder is missing or is no CLIP / causal-LM folder, or the tokenizer has no ChatML tokens.
     """
+    if Path(output).exists():
+        raise UserError(f"{output} exists already. Fix: name a new folder, or delete it")
     for folder, what in ((vision, "CLIP"), (language, "language-model")):
         if not (Path(folder) / "config.json").is_file():
             raise UserError(f"{folder} has no config.json; --vision and --language want {what} folders as published")
@@ -55,7 +64,10 @@ def assemble(
         text_config=language_model.config,
         projector_type=projector_type,
         resampler_grid=resampler_grid,
+        resampler_roi_aligned=projector is None,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.pad_token_id,
         **preprocessing,
     )
     torch.manual_seed(seed)
@@ -75,10 +87,27 @@ def assemble(
         tokenizer,
         chat_template=CHATML,
         resampler_grid=resampler_grid if uses_resampler else None,
+        **({"newline_token_id": 13, "comma_token_id": 29892} if projector else {}),
     )
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    if projector:
+        load_projector(model.model.projector, Path(projector))
+    partial = Path(f"{output}.partial")  # the folder appears complete or not at all
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    os.replace(partial, output)
     return Path(output)
+
+
+def load_projector(module, path: Path) -> None:
+    """Fill the projector from a published `mm_projector.bin`; names up to `mm_projector.` are cut, all must match."""
+    import torch
+
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict({name.split("mm_projector.")[-1]: tensor for name, tensor in tensors.items()})
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is no projector of this shape: {error}") from error
 
 
 def clip_preprocessing(folder: Path) -> dict[str, list[float]]:
@@ -98,6 +127,7 @@ def main() -> None:
     parser.add_argument("--projector_type", default="spatial_resampler", choices=["spatial_resampler", "mlp2x_gelu"])
     parser.add_argument("--resampler_grid", type=int, default=12, help="queries a side; 12 in the paper")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--projector", help="a published mm_projector.bin instead of a new projector")
     parser.add_argument("--seed", type=int, default=0, help="of the new projector")
     print(f"wrote {assemble(**vars(parser.parse_args()))}")
 

@@ -1,83 +1,21 @@
-"""Pixels: an image file -> RGB -> overview and slices -> packed uint8 patches.
+"""Pixels: an RGB image -> overview and slices -> packed uint8 patches.
 
-`load_image` is the one place where files become pixels: EXIF orientation applied, transparency over white, 16-bit
-scaled, anything that cannot be decoded rejected with the file's name. `LlavaUHDImageProcessor` resizes and cuts as
-`slicing.py` plans. Resizing is PIL's bicubic on 8-bit RGB, as in the published code.
+`LlavaUHDImageProcessor` resizes and cuts as `slicing.py` plans. Resizing is PIL's bicubic on 8-bit RGB, as in the
+published code.
 """
-
-import stat
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top-level name wants torchvision
 
-from llava.errors import UserError
+from llava.images import to_rgb
 from llava.model.configuration_llava_uhd import LlavaUHDConfig
 from llava.model.slicing import long_side_size, plan_slices
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_MODES = ("uhd", "overview", "square")
-
-
-class ImageError(UserError):
-    """An image that cannot be read; the message names the file and what is wrong with it."""
-
-
-def find_image(folder: str | Path, name: str) -> Path:
-    """The path of a record's image below `folder`. Raises ImageError for names that leave it or are no regular file."""
-    relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts or "\0" in name:
-        raise ImageError(f"image {name!r} must be a path below the image folder {folder}, without '..' or a leading '/'")
-    path = Path(folder) / relative
-    try:
-        kind = path.stat().st_mode
-    except OSError as error:
-        raise ImageError(f"image {path} cannot be opened: {error.strerror}") from error
-    if not stat.S_ISREG(kind):
-        raise ImageError(f"image {path} is not a regular file")
-    return path
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) as shown, EXIF orientation applied, read from the header alone."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"image {path} cannot be read: {error}") from error
-    return (height, width) if rotated else (width, height)
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """Decode one image file to upright 8-bit RGB."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.load()
-            return to_rgb(image)
-    except ImageError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"image {path} cannot be decoded: {error}") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as upright 8-bit RGB: transparency over white, 16-bit integers scaled down to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ImageError(f"pixels of mode {image.mode} have no fixed range; save the image as 8-bit")
-        scaled = (values >> 8) if values.max() > 255 or image.mode.startswith("I;16") else values
-        image = Image.fromarray(scaled.astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
 
 
 def patchify(image: Image.Image, patch: int) -> np.ndarray:
@@ -99,7 +37,7 @@ class LlavaUHDImageProcessor(BaseImageProcessor):
             published generation code). Off by default: the same pixels in training and generation.
     """
 
-    model_input_names = ["pixel_values", "slice_shapes", "grids"]  # noqa: RUF012
+    model_input_names = ["pixel_values", "slice_shapes", "grids"]
 
     def __init__(
         self,

@@ -62,5 +62,7 @@ def load_model(
     wrong = {key: sorted(report[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
     if wrong:
         kind, keys = next(iter(wrong.items()))
-        raise UserError(f"{folder}: {len(keys)} {kind.replace('_', ' ')}, first {keys[0]!r}. Fix: rebuild the checkpoint")
+        raise UserError(
+            f"{folder}: {len(keys)} {kind.replace('_', ' ')}, first {keys[0]!r}. Fix: rebuild the checkpoint"
+        )
     return model

@@ -36,7 +36,7 @@ class LlavaUHDPreTrainedModel(PreTrainedModel):
     config_class = LlavaUHDConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CLIPEncoderLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["CLIPEncoderLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -159,7 +159,7 @@ class LlavaUHDModel(LlavaUHDPreTrainedModel):
 class LlavaUHDForConditionalGeneration(LlavaUHDPreTrainedModel, GenerationMixin):
     """The whole model with its LM head; trains, generates, saves and loads like any HF model."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: LlavaUHDConfig):
         super().__init__(config)

@@ -5,13 +5,16 @@ features as one row-major map, a newline token after every feature row, one comm
 feature is one placeholder id; the separators are ordinary tokens of the vocabulary.
 """
 
+from itertools import islice
+
 import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
+from llava.images import to_rgb
 from llava.model.configuration_llava_uhd import LlavaUHDConfig
-from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor, to_rgb
+from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
 
 IMAGE_TOKEN = "<image>"
 
@@ -57,7 +60,9 @@ class LlavaUHDProcessor(ProcessorMixin):
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
-            raise ValueError(f"the tokenizer has no {IMAGE_TOKEN} token; build the checkpoint with llava.model.assemble")
+            raise ValueError(
+                f"the tokenizer has no {IMAGE_TOKEN} token; build the checkpoint with llava.model.assemble"
+            )
         self.newline_token_id = single_token(tokenizer, "\n") if newline_token_id is None else newline_token_id
         self.comma_token_id = single_token(tokenizer, ",") if comma_token_id is None else comma_token_id
 
@@ -133,7 +138,7 @@ class LlavaUHDProcessor(ProcessorMixin):
         for prompt in texts:
             ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
             wanted = ids.count(self.image_token_id)
-            own = [image for _, image in zip(range(wanted), queue, strict=False)]
+            own = list(islice(queue, wanted))
             rows.append(self.expand(ids, [self.image_ids(*image.size, image_mode) for image in own]))
         if (left := len(list(queue))) > 0:
             raise ValueError(f"{left} more images than {IMAGE_TOKEN} in the text")

@@ -8,6 +8,7 @@
 | captioned.json | ALLaVA-Caption-VFLAN-4V: image, question, detailed caption |
 | reasoning.jsonl | LLaVA-CoT-100k train.jsonl: question, answer in four tags, no `<image>` |
 | instructions.json | the stage 2 mix: short answers, multiple choice, descriptions, text-only rows |
+| text_only.jsonl | text-only rows for the stage 1.5 mix |
 | unlabelled_images.json | images to caption |
 | unlabelled_questions.json | image-question pairs to answer |
 | benchmarks/*.tsv | VLMEvalKit TSVs: base64 image, question, options, answer |
@@ -146,6 +147,13 @@ class World:
                 records.append({"id": f"text-{scene.seed:08d}", "conversations": turns})
         return records
 
+    def text_only(self, count: int) -> list[dict]:
+        pairs = [texts.text_only(self.rng) for _ in range(count)]
+        return [
+            {"id": f"text-only-{number}", "conversations": [human(asked), gpt(answer)]}
+            for number, (asked, answer) in enumerate(pairs)
+        ]
+
     def unlabelled_images(self) -> list[dict]:
         return [
             self.record("unlabelled_images", scene, human(with_image(self.rng.choice(CAPTION_QUESTIONS))))
@@ -198,6 +206,7 @@ def build(folder: str | Path, seed: int = 0, scale: float = 1.0, questions: int 
             writer = csv.DictWriter(file, columns, delimiter="\t", restval="")
             writer.writeheader()
             writer.writerows(rows[:questions])
+    write_records(folder / "text_only.jsonl", world.text_only(max(int(80 * scale), 2)))
     write_records(folder / "truth.jsonl", world.truth)
     return folder
 

@@ -27,7 +27,9 @@ class ModelArguments:
     """What is trained."""
 
     model_name_or_path: str = flag("checkpoint folder to start from")
-    train_parts: str = flag("comma-separated parts that train: vision, projector, language", "vision,projector,language")
+    train_parts: str = flag(
+        "comma-separated parts that train: vision, projector, language", "vision,projector,language"
+    )
     attn_implementation: str | None = flag("sdpa, eager or flash_attention_2; default: flash if installed", None)
 
 

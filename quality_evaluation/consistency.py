@@ -1,0 +1,60 @@
+"""Self-consistency: how well a record's candidates agree with each other, and which one to keep.
+
+Pure functions; n candidates, d embedding dimensions. The published score of a candidate is its mean cosine with all
+candidates, itself included ("minimum Bayes risk", paper step 3); with unit vectors that is a dot product with the mean
+vector, so it is linear in n.
+"""
+
+import random
+import re
+
+import numpy as np
+
+
+def unit(embeddings: np.ndarray) -> np.ndarray:
+    """(n, d) rows scaled to length 1; zero rows stay zero."""
+    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return embeddings / np.where(lengths == 0, 1, lengths)
+
+
+def mean_cosine(embeddings: np.ndarray) -> np.ndarray:
+    """(n,) mean cosine of each candidate with all candidates, itself included: the published score.
+
+    >>> mean_cosine(np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).round(3).tolist()
+    [0.667, 0.667, 0.333]
+    """
+    vectors = unit(embeddings.astype(np.float64))
+    return vectors @ vectors.mean(axis=0)
+
+
+def leave_one_out(embeddings: np.ndarray) -> np.ndarray:
+    """(n,) mean cosine of each candidate with the others; comparable between different n. Needs n >= 2."""
+    count = len(embeddings)
+    return (mean_cosine(embeddings) * count - 1) / (count - 1)
+
+
+def vote(answers: list[str]) -> np.ndarray:
+    """(n,) share of the candidates that give the same short answer, after `normal`."""
+    keys = [normal(answer) for answer in answers]
+    return np.array([keys.count(key) / len(keys) for key in keys])
+
+
+def normal(answer: str) -> str:
+    """A short answer without case, articles, punctuation at its ends and extra blanks."""
+    answer = re.sub(r"\b(a|an|the)\b", " ", answer.lower())
+    return re.sub(r"\s+", " ", answer).strip(" .,:;!?\"'()*")
+
+
+def best(scores: np.ndarray) -> int:
+    """Index of the highest score; the first of equals."""
+    return int(np.argmax(scores))
+
+
+def pick_rejected(texts: list[str], scores: np.ndarray, chosen: int, seed: int) -> int | None:
+    """A candidate from the lower half by score (floor(n/2) of them), drawn with `seed`, that differs from the chosen.
+
+    None when no candidate of the lower half differs.
+    """
+    order = np.argsort(scores, kind="stable")
+    lower = [int(index) for index in order[: len(texts) // 2] if texts[int(index)].strip() != texts[chosen].strip()]
+    return random.Random(seed).choice(lower) if lower else None

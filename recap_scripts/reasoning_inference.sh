@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Step 2, reasoning: response candidates for unlabelled image-question pairs. Call it once per PROMPT.
+#   reads   MODEL_PATH (checkpoint folder), DATA_PATH (records; with SPLIT the file is ${DATA_PATH}_${SPLIT}.json)
+#   writes  OUTPUT_DIR/candidates.jsonl, default runs/<data>_<PROMPT>_t<TEMPERATURE>_b<BEAMS>_p<TOP_P>
+#   usage   MODEL_PATH=model_weight/reasoning DATA_PATH=data/questions.json PROMPT=cot-default N_CANDIDATES=2 \
+#           bash recap_scripts/reasoning_inference.sh [any flag]
+#   AUGMENT_METHODS=gaussian_blur,color_jitter,mirror_rotation,mask corrupts the images first (noisy answers for DPO).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source training_scripts/launch.sh
+
+: "${MODEL_PATH:?the warmed-up checkpoint folder, for example MODEL_PATH=model_weight/reasoning}"
+: "${DATA_PATH:?records with image and question, for example DATA_PATH=data/questions.json}"
+if [[ -n "${SPLIT:-}" ]]; then DATA_PATH=${DATA_PATH}_${SPLIT}.json; fi
+PROMPT=${PROMPT:-cot-default} # cot-default or default
+TEMPERATURE=${TEMPERATURE:-0.7}
+BEAMS=${BEAMS:-1}
+TOP_P=${TOP_P:-0.9}
+name=$(basename "${DATA_PATH%.*}")_${PROMPT}_t${TEMPERATURE}_b${BEAMS}_p${TOP_P}${AUGMENT_METHODS:+_$AUGMENT_METHODS}
+
+launch llava.generate.reason \
+    --model_name_or_path "$MODEL_PATH" \
+    --data_path "$DATA_PATH" \
+    ${IMAGE_FOLDER:+--image_folder "$IMAGE_FOLDER"} \
+    --prompt "$PROMPT" \
+    --n_candidates "${N_CANDIDATES:-1}" \
+    --temperature "$TEMPERATURE" \
+    --num_beams "$BEAMS" \
+    --top_p "$TOP_P" \
+    --max_new_tokens "${MAX_NEW_TOKENS:-1200}" \
+    --augment "${AUGMENT_METHODS:-}" \
+    --batch_size "${BATCH_SIZE:-8}" \
+    --seed "${SEED:-0}" \
+    --output_dir "${OUTPUT_DIR:-runs/$name}" \
+    "$@"

@@ -1,0 +1,77 @@
+# shellcheck shell=bash
+# Sourced by every stage script, after `cd` to the repository root.
+#   launch MODULE FLAGS...   one process per GPU through torchrun; a plain process where one is enough
+#   single MODULE FLAGS...   always one process
+# DRY_RUN=1 prints the exact command, then checks arguments and data without writing (DRY_RUN=print: the command only).
+# Several nodes: NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE (SLURM's variables stand in for them), or
+# DISTRIBUTED_ARGS, which is handed to torchrun as it is. PYTHON names the interpreter.
+export TOKENIZERS_PARALLELISM=false
+
+if [[ -z "${PYTHON:-}" ]]; then
+    PYTHON=python3
+    if [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then PYTHON=python; elif [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
+fi
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || gpus=0
+NNODES=${NNODES:-${SLURM_NNODES:-1}}
+NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
+NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+if [[ -z "${MASTER_ADDR:-}" && -n "${SLURM_JOB_NODELIST:-}" ]]; then
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+fi
+# DeepSpeed ZeRO-2 where there is a GPU; DEEPSPEED_CONFIG names another file, DEEPSPEED_CONFIG=none turns it off.
+engine=()
+if [[ "${DEEPSPEED_CONFIG:-}" != none && (-n "${DEEPSPEED_CONFIG:-}" || "$gpus" -gt 0) ]]; then
+    engine=(--deepspeed "${DEEPSPEED_CONFIG:-training_scripts/zero2.json}")
+fi
+
+launch() {
+    local distributed=()
+    if [[ -n "${DISTRIBUTED_ARGS:-}" ]]; then
+        read -r -a distributed <<<"$DISTRIBUTED_ARGS"
+    elif ((NNODES > 1)); then
+        : "${MASTER_ADDR:?address of the first node, for example MASTER_ADDR=10.0.0.1}"
+        distributed=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR"
+            --master-port "${MASTER_PORT:-29500}" --nproc-per-node "$NPROC_PER_NODE")
+    elif ((NPROC_PER_NODE > 1)); then
+        distributed=(--standalone --nproc-per-node "$NPROC_PER_NODE")
+    fi
+    if ((${#distributed[@]})); then
+        execute "$PYTHON" -m torch.distributed.run "${distributed[@]}" -m "$@"
+    else
+        execute "$PYTHON" -m "$@"
+    fi
+}
+
+single() { execute "$PYTHON" -m "$@"; }
+
+execute() {
+    if [[ -z "${DRY_RUN:-}" ]]; then
+        "$@"
+        return
+    fi
+    printf '%q ' "$@"
+    printf '\n'
+    if [[ "$DRY_RUN" != print ]]; then
+        while [[ "$1" != -m || "$2" == torch.distributed.run ]]; do shift; done
+        "$PYTHON" "$@" --dry_run
+    fi
+}
+
+# An old name that two published scripts read by mistake is accepted with a note: rename_variable OLD NEW.
+rename_variable() {
+    if [[ -n "${!1:-}" && -z "${!2:-}" ]]; then
+        echo "note: $1 is used as $2" >&2
+        printf -v "$2" '%s' "${!1}"
+    fi
+}
+
+# The global batch: GLOBAL_BATCH_SIZE, else what ACCU_STEPS makes of it, else the paper's (first argument).
+batch_flags() {
+    batch=()
+    if [[ -n "${ACCU_STEPS:-}" ]]; then batch+=(--gradient_accumulation_steps "$ACCU_STEPS"); fi
+    if [[ -n "${GLOBAL_BATCH_SIZE:-}" ]]; then
+        batch+=(--global_batch_size "$GLOBAL_BATCH_SIZE")
+    elif [[ -z "${ACCU_STEPS:-}" ]]; then
+        batch+=(--global_batch_size "$1")
+    fi
+}

@@ -1,11 +1,11 @@
 """Pool candidates by id, score their agreement, keep the best of each record where they agree enough (step 3).
 
-    reads   any number of candidate files: records with `candidates` (texts, or objects with `text`), or with one
-            `generated_caption` / `generated_thought`; pooled by id
-    writes  scored.jsonl      every record with all candidates, their scores and the decision
-            chosen.jsonl      training records: the instruction, the whole winning candidate
-            preference.jsonl  prompt, chosen, rejected for every kept record whose candidates differ
-            curated.rejected.jsonl  records that could not be judged, with the reason
+reads   any number of candidate files: records with `candidates` (texts, or objects with `text`), or with one
+        `generated_caption` / `generated_thought`; pooled by id
+writes  scored.jsonl      every record with all candidates, their scores and the decision
+        chosen.jsonl      training records: the instruction, the whole winning candidate
+        preference.jsonl  prompt, chosen, rejected for every kept record whose candidates differ
+        curated.rejected.jsonl  records that could not be judged, with the reason
 """
 
 import argparse
@@ -74,7 +74,9 @@ def judge(record: Record, scores, threshold: float, seed: int) -> Record:
     texts = [item["text"] for item in record["candidates"]]
     winner = best(scores)
     loser = pick_rejected(texts, scores, winner, seed_of(seed, record["id"], "rejected"))
-    candidates = [{**item, "score": round(float(score), 6)} for item, score in zip(record["candidates"], scores, strict=True)]
+    candidates = [
+        {**item, "score": round(float(score), 6)} for item, score in zip(record["candidates"], scores, strict=True)
+    ]
     decision = {
         "chosen": winner, "rejected": loser, "score": round(float(scores[winner]), 6), "threshold": threshold,
         "kept": bool(scores[winner] >= threshold),
@@ -111,7 +113,9 @@ def asked_of(record: Record, candidate: dict[str, Any]) -> str:
     return with_image(candidate.get("instruction") or question_of(record), len(images_of(record)))
 
 
-def score_all(records: list[Record], kind: str, score: str, encoder_name: str, threshold: float, seed: int) -> list[Record]:
+def score_all(
+    records: list[Record], kind: str, score: str, encoder_name: str, threshold: float, seed: int
+) -> list[Record]:
     """Judge every record; texts of `CHUNK` records are encoded together."""
     from tqdm import tqdm
 
@@ -150,7 +154,9 @@ def main() -> None:
     parser.add_argument("--kind", required=True, help="caption or reasoning: which part of a text is compared")
     parser.add_argument("--output_dir", required=True, help="run folder to write")
     parser.add_argument("--threshold", type=float, required=True, help="keep a record when its best score reaches this")
-    parser.add_argument("--score", default="mean_cosine", help=f"{', '.join(SCORES)} (default: mean_cosine, as published)")
+    parser.add_argument(
+        "--score", default="mean_cosine", help=f"{', '.join(SCORES)} (default: mean_cosine, as published)"
+    )
     parser.add_argument("--encoder", default="hashing", help="hashing, or a sentence-transformers folder")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn rejected candidates")
     parser.add_argument("--dry_run", action="store_true", help="pool and count, write nothing")

@@ -11,6 +11,7 @@ source training_scripts/launch.sh
 
 : "${MODEL_PATH:?the warmed-up checkpoint folder, for example MODEL_PATH=model_weight/reasoning}"
 : "${DATA_PATH:?records with image and question, for example DATA_PATH=data/questions.json}"
+require_path MODEL_PATH
 if [[ -n "${SPLIT:-}" ]]; then DATA_PATH=${DATA_PATH}_${SPLIT}.json; fi
 PROMPT=${PROMPT:-cot-default} # cot-default or default
 TEMPERATURE=${TEMPERATURE:-0.7}

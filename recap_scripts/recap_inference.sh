@@ -10,6 +10,7 @@ source training_scripts/launch.sh
 
 : "${MODEL_PATH:?the warmed-up checkpoint folder, for example MODEL_PATH=model_weight/perception}"
 : "${DATA_PATH:?records with images, for example DATA_PATH=data/unlabelled.json}"
+require_path MODEL_PATH
 PROMPT=${PROMPT:-cod-default} # cod-default, cod-conv or default
 TEMPERATURE=${TEMPERATURE:-0.7}
 BEAMS=${BEAMS:-1}

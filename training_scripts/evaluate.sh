@@ -9,6 +9,7 @@ source training_scripts/launch.sh
 
 : "${MODEL_PATH:?the checkpoint folder to evaluate, for example MODEL_PATH=model_weight/sicog}"
 : "${DATA_PATH:?TSV files or their folder, for example DATA_PATH=data/MMStar.tsv}"
+require_path MODEL_PATH
 
 single llava.eval.benchmarks \
     --model_name_or_path "$MODEL_PATH" \

@@ -19,8 +19,10 @@ if [[ -z "${MASTER_ADDR:-}" && -n "${SLURM_JOB_NODELIST:-}" ]]; then
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 fi
 # DeepSpeed ZeRO-2 where there is a GPU; DEEPSPEED_CONFIG names another file, DEEPSPEED_CONFIG=none turns it off.
+# shellcheck disable=SC2034  # used by the scripts that source this file
 engine=()
 if [[ "${DEEPSPEED_CONFIG:-}" != none && (-n "${DEEPSPEED_CONFIG:-}" || "$gpus" -gt 0) ]]; then
+    # shellcheck disable=SC2034
     engine=(--deepspeed "${DEEPSPEED_CONFIG:-training_scripts/zero2.json}")
 fi
 
@@ -54,6 +56,14 @@ execute() {
     if [[ "$DRY_RUN" != print ]]; then
         while [[ "$1" != -m || "$2" == torch.distributed.run ]]; do shift; done
         "$PYTHON" "$@" --dry_run
+    fi
+}
+
+# The path in this variable must exist: require_path VARIABLE.
+require_path() {
+    if [[ "${DRY_RUN:-}" != print && ! -e "${!1}" ]]; then
+        echo "error: $1=${!1} does not exist. Fix: check the path, or run the stage that writes it" >&2
+        exit 2
     fi
 }
 

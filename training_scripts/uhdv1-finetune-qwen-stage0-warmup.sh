@@ -10,7 +10,8 @@ source training_scripts/launch.sh
 
 : "${EXPERIMENT_NAME:?a name for this run, for example EXPERIMENT_NAME=perception}"
 : "${DATA_PATH:?annotated records from training_data_annotation, for example DATA_PATH=runs/annotated/cod/cod.jsonl,runs/annotated/dd/dd.jsonl}"
-: "${PREV_STAGE_CHECKPOINT:?the base model's checkpoint folder, for example PREV_STAGE_CHECKPOINT=model_weight/base}"
+: "${PREV_STAGE_CHECKPOINT:?the checkpoint folder of the base model, for example PREV_STAGE_CHECKPOINT=model_weight/base}"
+require_path PREV_STAGE_CHECKPOINT
 rename_variable FINETUNE_RANK_BATCH FINETUNE_BATCH
 batch_flags 128
 
@@ -33,6 +34,6 @@ launch llava.train.sft \
     --save_steps "${SAVE_STEPS:-500}" \
     --seed "${SEED:-0}" \
     --report_to "${REPORT_TO:-none}" \
-    "${engine[@]}" \
+    ${engine[@]+"${engine[@]}"} \
     --output_dir "${OUTPUT_DIR:-model_weight/$EXPERIMENT_NAME}" \
     "$@"

@@ -11,6 +11,7 @@ source training_scripts/launch.sh
 : "${EXPERIMENT_NAME:?a name for this run, for example EXPERIMENT_NAME=pretrained}"
 : "${DATA_PATH:?curated records from quality_evaluation, for example DATA_PATH=runs/curated/captions/chosen.jsonl,runs/curated/reasoning/chosen.jsonl}"
 : "${MM_PROJECTOR_CHECKPOINT:?the checkpoint folder of stage 1, or a published mm_projector.bin, for example MM_PROJECTOR_CHECKPOINT=model_weight/align}"
+require_path MM_PROJECTOR_CHECKPOINT
 rename_variable FINETUNE_RANK_BATCH FINETUNE_BATCH
 batch_flags 128
 
@@ -46,6 +47,6 @@ launch llava.train.sft \
     --save_steps "${SAVE_STEPS:-500}" \
     --seed "${SEED:-0}" \
     --report_to "${REPORT_TO:-none}" \
-    "${engine[@]}" \
+    ${engine[@]+"${engine[@]}"} \
     --output_dir "${OUTPUT_DIR:-model_weight/$EXPERIMENT_NAME}" \
     "$@"

@@ -11,6 +11,7 @@ source training_scripts/launch.sh
 : "${EXPERIMENT_NAME:?a name for this run, for example EXPERIMENT_NAME=sicog}"
 : "${DATA_PATH:?instruction records, for example DATA_PATH=data/llava_uhd_sft_858k.json}"
 : "${PREV_STAGE_CHECKPOINT:?the checkpoint folder of stage 1.5 (of stage 1 for the base model), for example PREV_STAGE_CHECKPOINT=model_weight/pretrained}"
+require_path PREV_STAGE_CHECKPOINT
 rename_variable FINETUNE_RANK_BATCH FINETUNE_BATCH
 batch_flags 128
 
@@ -33,6 +34,6 @@ launch llava.train.sft \
     --save_steps "${SAVE_STEPS:-500}" \
     --seed "${SEED:-0}" \
     --report_to "${REPORT_TO:-none}" \
-    "${engine[@]}" \
+    ${engine[@]+"${engine[@]}"} \
     --output_dir "${OUTPUT_DIR:-model_weight/$EXPERIMENT_NAME}" \
     "$@"

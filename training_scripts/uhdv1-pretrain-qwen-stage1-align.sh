@@ -13,6 +13,8 @@ source training_scripts/launch.sh
 : "${DATA_PATH:?alignment records, for example DATA_PATH=data/blip_laion_cc_sbu_558k.json}"
 : "${LLM_CKPT_DIR:?the language model folder, for example LLM_CKPT_DIR=model_weight/Qwen2-7B-Instruct}"
 : "${CLIP_CKPT_DIR:?the CLIP folder, for example CLIP_CKPT_DIR=model_weight/clip-vit-large-patch14-336}"
+require_path LLM_CKPT_DIR
+require_path CLIP_CKPT_DIR
 rename_variable PRETRAIN_RANK_BATCH PRETRAIN_BATCH
 batch_flags 256
 output=${OUTPUT_DIR:-model_weight/$EXPERIMENT_NAME}
@@ -43,6 +45,6 @@ launch llava.train.sft \
     --save_steps "${SAVE_STEPS:-500}" \
     --seed "${SEED:-0}" \
     --report_to "${REPORT_TO:-none}" \
-    "${engine[@]}" \
+    ${engine[@]+"${engine[@]}"} \
     --output_dir "$output" \
     "$@"

@@ -25,7 +25,7 @@ class ConversationDataset(Dataset):
     Args:
         paths: `.json` or `.jsonl` files, concatenated in order; naming a file twice weighs it twice.
         image_folder: root of the image paths; each file's own folder when None.
-        processor: of the checkpoint that is trained.
+        processor: of the checkpoint that is trained; None when samples are only checked.
         max_length: longest sequence; see `encode`.
         image_mode: `overview` for stage 1, None for the processor's own.
     """
@@ -33,7 +33,7 @@ class ConversationDataset(Dataset):
     def __init__(
         self,
         paths: list[str],
-        processor: LlavaUHDProcessor,
+        processor: LlavaUHDProcessor | None,
         image_folder: str | None = None,
         max_length: int = 4096,
         image_mode: str | None = None,

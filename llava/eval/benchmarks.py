@@ -116,7 +116,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     share, spread = correct / total, z * z / total
     middle = share + spread / 2
     half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return max((middle - half) / (1 + spread), 0.0), min((middle + half) / (1 + spread), 1.0)
 
 
 def predict(path: Path, rows: list[Row], output: Path, model, processor, batch_size: int, max_new_tokens: int) -> None:
@@ -143,8 +143,11 @@ def predict(path: Path, rows: list[Row], output: Path, model, processor, batch_s
             for row, [completion] in zip(batch, complete(model, processor, prompts, sampling), strict=True):
                 predictions.append(
                     {
-                        "index": row["index"], "prediction": completion.text, "answer": row["answer"],
-                        "correct": is_correct(row, completion.text), "category": row.get("category", ""),
+                        "index": row["index"],
+                        "prediction": completion.text,
+                        "answer": row["answer"],
+                        "correct": is_correct(row, completion.text),
+                        "category": row.get("category", ""),
                     }  # fmt: skip
                 )
             bar.update(len(batch))
@@ -158,7 +161,9 @@ def summary(predictions: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder")
     parser.add_argument("--data_path", required=True, help="TSV files, comma-separated, or a folder of them")
@@ -181,7 +186,11 @@ def main() -> None:
             print(f"{path.stem:12} {len(rows):,} questions, first: {question_text(rows[0])!r}")
         print(f"writes       {arguments.output_dir}/results.json (nothing was written)")
         return
-    identity = {"model": arguments.model_name_or_path, "data": list(map(str, paths)), "max_new_tokens": arguments.max_new_tokens}
+    identity = {
+        "model": arguments.model_name_or_path,
+        "data": list(map(str, paths)),
+        "max_new_tokens": arguments.max_new_tokens,
+    }
     with open_run(arguments.output_dir, "evaluate", identity, [arguments.model_name_or_path, *paths]) as run:
         output = run.folder / "results.json"
         if run.complete:

@@ -1,9 +1,9 @@
 """Results of several models as one table: Markdown and spreadsheet, with sample counts and 95% intervals.
 
-    python -m llava.eval.report --results base=runs/x/eval-base SICOG=runs/x/eval-sicog --output runs/x/table
+python -m llava.eval.report --results base=runs/x/eval-base SICOG=runs/x/eval-sicog --output runs/x/table
 
-    reads   results.json and predictions/ of `llava.eval.benchmarks`
-    writes  <output>.md, <output>.xlsx
+reads   results.json and predictions/ of `llava.eval.benchmarks`
+writes  <output>.md, <output>.xlsx
 """
 
 import argparse
@@ -70,7 +70,9 @@ def table(models: dict[str, Path]) -> list[list[str]]:
 
 def markdown(rows: list[list[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines) + "\n"
 

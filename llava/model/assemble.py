@@ -37,9 +37,7 @@ def assemble(
     """
     if Path(output).exists():
         raise UserError(f"{output} exists already. Fix: name a new folder, or delete it")
-    for folder, what in ((vision, "CLIP"), (language, "language-model")):
-        if not (Path(folder) / "config.json").is_file():
-            raise UserError(f"{folder} has no config.json; --vision and --language want {what} folders as published")
+    check_folders(vision, language)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, GenerationConfig
 
@@ -99,6 +97,13 @@ def assemble(
     return Path(output)
 
 
+def check_folders(vision: str | Path, language: str | Path) -> None:
+    """Raise UserError when a folder is no published CLIP or language-model folder."""
+    for folder, flag, what in ((vision, "--vision", "CLIP"), (language, "--language", "language-model")):
+        if not (Path(folder) / "config.json").is_file():
+            raise UserError(f"{flag} {folder} has no config.json. Fix: name a {what} folder as published")
+
+
 def load_projector(module, path: Path) -> None:
     """Fill the projector from a published `mm_projector.bin`; names up to `mm_projector.` are cut, all must match."""
     import torch
@@ -129,7 +134,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--projector", help="a published mm_projector.bin instead of a new projector")
     parser.add_argument("--seed", type=int, default=0, help="of the new projector")
-    print(f"wrote {assemble(**vars(parser.parse_args()))}")
+    parser.add_argument("--dry_run", action="store_true", help="check the folders, write nothing")
+    arguments = vars(parser.parse_args())
+    if arguments.pop("dry_run"):
+        check_folders(arguments["vision"], arguments["language"])
+        print(f"writes       {arguments['output']} (nothing was written)")
+        return
+    print(f"wrote {assemble(**arguments)}")
 
 
 if __name__ == "__main__":

@@ -47,11 +47,9 @@ def main() -> None:
         train(model_arguments, data_arguments, training_arguments)
 
 
-def open_dataset(model_arguments: ModelArguments, data_arguments: DataArguments):
+def open_dataset(model_arguments: ModelArguments, data_arguments: DataArguments, processor):
     from llava.data.dataset import ConversationDataset
-    from llava.model.load import load_processor
 
-    processor = load_processor(model_arguments.model_name_or_path)
     return ConversationDataset(
         data_arguments.data_path.split(","),
         processor,
@@ -62,19 +60,11 @@ def open_dataset(model_arguments: ModelArguments, data_arguments: DataArguments)
 
 
 def preflight(model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments) -> None:
-    """Check checkpoint, records and image headers; say what would run. Writes nothing."""
-    import torch
-    from transformers import AutoConfig
+    """Check checkpoint, records and image headers; say what would run. Writes nothing.
 
-    from llava.model.load import check_checkpoint
-    from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
-    from llava.train.parts import set_trainable
-
-    config = AutoConfig.from_pretrained(check_checkpoint(model_arguments.model_name_or_path))
-    with torch.device("meta"):
-        model = LlavaUHDForConditionalGeneration(config)
-    counts = set_trainable(model, model_arguments.train_parts.split(","))
-    dataset = open_dataset(model_arguments, data_arguments)
+    A checkpoint that does not exist yet (stage 1 assembles its own) is left out with a note.
+    """
+    dataset = open_dataset(model_arguments, data_arguments, processor=None)
     dataset.check_images()
     with_image = sum(1 for record in dataset.records if record.get("image"))
     batch = (
@@ -84,9 +74,23 @@ def preflight(model_arguments: ModelArguments, data_arguments: DataArguments, tr
     )
     steps = max(int(len(dataset) / batch * training_arguments.num_train_epochs), 1)
     print(f"records      {len(dataset):,} ({with_image:,} with images, {len(dataset) - with_image:,} text only)")
-    print(f"trains       {', '.join(f'{part} {count:,}' for part, count in counts.items() if count)} parameters")
     print(f"global batch {batch}, about {steps:,} steps")
     print(f"writes       {training_arguments.output_dir} (nothing was written)")
+    folder = Path(model_arguments.model_name_or_path)
+    if not folder.exists():
+        print(f"checkpoint   {folder} does not exist yet; the records were checked, the model was not")
+        return
+    import torch
+    from transformers import AutoConfig
+
+    from llava.model.load import check_checkpoint
+    from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
+    from llava.train.parts import set_trainable
+
+    with torch.device("meta"):
+        model = LlavaUHDForConditionalGeneration(AutoConfig.from_pretrained(check_checkpoint(folder)))
+    counts = set_trainable(model, model_arguments.train_parts.split(","))
+    print(f"trains       {', '.join(f'{part} {count:,}' for part, count in counts.items() if count)} parameters")
 
 
 def train(model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments) -> None:
@@ -120,12 +124,12 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
     from transformers.trainer_callback import PrinterCallback
 
     from llava.data.collator import Collator
-    from llava.model.load import load_model
+    from llava.model.load import load_model, load_processor
     from llava.train.parts import set_trainable
     from llava.train.trainer import JsonlLog, SupervisedTrainer, last_complete_checkpoint, plot_loss
 
     output = Path(training_arguments.output_dir)
-    dataset = open_dataset(model_arguments, data_arguments)
+    dataset = open_dataset(model_arguments, data_arguments, load_processor(model_arguments.model_name_or_path))
     model = load_model(
         model_arguments.model_name_or_path,
         dtype=torch.bfloat16 if training_arguments.deepspeed and training_arguments.bf16 else torch.float32,

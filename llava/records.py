@@ -85,7 +85,7 @@ def check_record(record: Record, where: str) -> Record:
     if isinstance(identifier, int) and not isinstance(identifier, bool):
         record = {**record, "id": str(identifier)}
     elif not isinstance(identifier, str) or not identifier:
-        fix = "give every record a unique id; `python -m llava.records FILE --number OUT` numbers them"
+        fix = "give every record a unique id; `python -m llava.records FILE --number --output OUT` numbers them"
         raise fail(where, f"field id is {identifier!r}", fix)
     where = f"{where}, id {record['id']!r}"
     turns = record.get("conversations")
@@ -258,10 +258,17 @@ def rejection(record: Record, reason: str, **details: Any) -> Record:
 
 
 def read_jsonl(path: str | Path) -> Iterator[Any]:
-    """Values of a JSON-lines file that this package wrote; nothing when it does not exist yet."""
-    if Path(path).is_file():
-        for _, value in read_rows(path):
-            yield value
+    """Values of a growing JSON-lines file; nothing when it does not exist yet.
+
+    A last line without its newline is a record that is still being written, or was cut off: it is not there yet.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n") and line.strip():
+                yield parse_json(line, f"{path} line {number}")
 
 
 def sha256_of(path: str | Path) -> str:
@@ -273,21 +280,50 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def records_of_folder(folder: str | Path, question: str) -> list[Record]:
+    """One unlabelled record per image file below `folder`, sorted by path; the id is the path.
+
+    Raises RecordError when the folder is missing or holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise fail(str(folder), "is no folder", "give the folder that holds your images")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
+    if not found:
+        raise fail(str(folder), f"holds no image ({', '.join(PHOTO_SUFFIXES)})", "give the folder that holds your images")
+    names = [path.relative_to(folder).as_posix() for path in found]
+    turns = [{"from": "human", "value": f"{IMAGE}\n{question}"}]
+    return [{"id": name, "image": name, "conversations": turns} for name in names]
+
+
 def main() -> None:
-    """Check record files, or give every record of a file a new unique id."""
+    """Check record files, give every record a new unique id, or list a folder of images as records."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m llava.records", description=main.__doc__)
-    parser.add_argument("files", nargs="+", help=".json or .jsonl files of records")
-    parser.add_argument("--number", metavar="OUT", help="write the records with ids <file stem>-<number> to OUT")
+    parser.add_argument("files", nargs="*", help=".json or .jsonl files of records to check")
+    parser.add_argument("--number", action="store_true", help="write the files' records with ids <file stem>-<number>")
+    parser.add_argument("--from_folder", help="write one record per image below this folder")
+    parser.add_argument("--question", default="Please describe the image in detail.", help="first turn with --from_folder")
+    parser.add_argument("--output", help="where --number and --from_folder write")
     arguments = parser.parse_args()
-    if arguments.number:
+    if bool(arguments.files) == bool(arguments.from_folder):
+        parser.error("give record files, or --from_folder FOLDER")
+    if (arguments.number or arguments.from_folder) and not arguments.output:
+        parser.error("--output is missing")
+    if arguments.from_folder:
+        count = write_records(arguments.output, records_of_folder(arguments.from_folder, arguments.question))
+        print(f"{count} records in {arguments.output}; their image folder is {arguments.from_folder}")
+    elif arguments.number:
         rows = ((path, number, row) for path in arguments.files for number, row in read_rows(path))
         records = ({**row, "id": f"{Path(path).stem}-{number}"} for path, number, row in rows)
-        print(f"{write_records(arguments.number, records)} records in {arguments.number}")
-        return
-    for path in arguments.files:
-        print(f"{path}: {sum(1 for _ in read_unique(path))} records, all valid, ids unique")
+        print(f"{write_records(arguments.output, records)} records in {arguments.output}")
+    else:
+        for path in arguments.files:
+            print(f"{path}: {sum(1 for _ in read_unique(path))} records, all valid, ids unique")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 
 from llava.errors import UserError
 from quality_evaluation.consistency import unit
+import itertools
 
 WIDTH = 4096
 
@@ -30,7 +31,7 @@ class HashingEncoder:
         for row, text in enumerate(texts):
             words = re.findall(r"\w+", text.lower())
             grams = Counter(words)
-            grams.update(" ".join(pair) for pair in zip(words, words[1:], strict=False))
+            grams.update(" ".join(pair) for pair in itertools.pairwise(words))
             grams.update(" ".join(triple) for triple in zip(words, words[1:], words[2:], strict=False))
             for gram, count in grams.items():
                 position, sign = bucket(gram)

@@ -141,15 +141,9 @@ def predict(path: Path, rows: list[Row], output: Path, model, processor, batch_s
                 images = images_of_row(row, by_index, path.parent)
                 prompts.append(Prompt(with_image(question_text(row), len(images)), images, [0]))
             for row, [completion] in zip(batch, complete(model, processor, prompts, sampling), strict=True):
-                predictions.append(
-                    {
-                        "index": row["index"],
-                        "prediction": completion.text,
-                        "answer": row["answer"],
-                        "correct": is_correct(row, completion.text),
-                        "category": row.get("category", ""),
-                    }  # fmt: skip
-                )
+                answered = {"index": row["index"], "prediction": completion.text, "answer": row["answer"]}
+                correct = is_correct(row, completion.text)
+                predictions.append({**answered, "correct": correct, "category": row.get("category", "")})
             bar.update(len(batch))
 
 

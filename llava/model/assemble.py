@@ -43,12 +43,14 @@ def assemble(
 
     from llava.model.configuration_llava_uhd import LlavaUHDConfig
     from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
+    from llava.model.load import quiet
     from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
     from llava.model.processing_llava_uhd import CHATML, IMAGE_TOKEN, LlavaUHDProcessor
 
+    quiet()
     weight_type = getattr(torch, dtype)
-    clip = CLIPVisionModel.from_pretrained(vision, dtype=weight_type)
-    language_model = AutoModelForCausalLM.from_pretrained(language, dtype=weight_type)
+    clip = load_whole(CLIPVisionModel, vision, weight_type)
+    language_model = load_whole(AutoModelForCausalLM, language, weight_type)
     tokenizer = AutoTokenizer.from_pretrained(language)
     if "<|im_start|>" not in tokenizer.get_vocab():
         raise UserError(f"the tokenizer in {language} has no <|im_start|>; only ChatML language models are supported")
@@ -95,6 +97,19 @@ def assemble(
     processor.save_pretrained(partial)
     os.replace(partial, output)
     return Path(output)
+
+
+def load_whole(model_class, folder: str | Path, dtype):
+    """`from_pretrained` that needs every parameter in the folder; extra tensors (CLIP's text tower) are left out."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the report on left-out tensors is long and expected
+    model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    logging.set_verbosity(verbosity)
+    if report["missing_keys"]:
+        raise UserError(f"{folder} lacks {len(report['missing_keys'])} tensors, first {sorted(report['missing_keys'])[0]!r}")
+    return model
 
 
 def check_folders(vision: str | Path, language: str | Path) -> None:

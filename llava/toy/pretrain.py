@@ -47,22 +47,29 @@ def language_config(tokenizer: Qwen2Tokenizer) -> Qwen2Config:
 
 
 def conversation(seed: int) -> tuple[str, str]:
-    """One instruction and its answer about scene `seed`, of a kind chosen by the seed."""
+    """One instruction and its answer about scene `seed`, of a kind chosen by the seed.
+
+    Most instructions begin with the scene's facts in words, where an image would stand: the language model learns to
+    answer from what comes before the question, as a real one can before it ever sees an image.
+    """
     scene, rng = sample_scene(seed), random.Random(f"conversation/{seed}")
-    kind = rng.choice(("description", "description", "steps", "short", "question", "question", "reasoning", "text"))
+    kind = rng.choices(
+        ("description", "steps", "short", "question", "reasoning", "text"), weights=(25, 15, 15, 30, 10, 5)
+    )[0]
     if kind == "text":
         return texts.text_only(rng)
+    facts = f"{texts.facts(scene, rng)}\n" if rng.random() < 0.85 else ""
     if kind == "short":
-        return rng.choice(ALIGN_QUESTIONS), texts.short_caption(scene)
+        return facts + rng.choice(ALIGN_QUESTIONS), texts.short_caption(scene)
     if kind == "description":
-        return rng.choice(CAPTION_QUESTIONS), texts.description(scene)
+        return facts + rng.choice(CAPTION_QUESTIONS), texts.description(scene)
     if kind == "steps":
-        return rng.choice(CAPTION_QUESTIONS), render_steps(COD_HEADINGS, texts.description_steps(scene))
+        return facts + rng.choice(CAPTION_QUESTIONS), render_steps(COD_HEADINGS, texts.description_steps(scene))
     question = rng.choice(texts.questions(scene, rng))
     if kind == "reasoning":
         steps = tags_to_steps(texts.tagged_reasoning(scene, question))
-        return question.text, render_steps(COT_HEADINGS, steps)
-    return f"{question.text}\n{texts.SHORT}", question.answer
+        return facts + question.text, render_steps(COT_HEADINGS, steps)
+    return f"{facts}{question.text}\n{texts.SHORT}", question.answer
 
 
 def train_tokenizer() -> Qwen2Tokenizer:
@@ -120,11 +127,10 @@ def pretrain(output: Path, minutes: float, batch_size: int = 32) -> None:
         encoded = []
         for question, answer in pairs:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            ids, _ = processor.encode_conversation(messages, [])
-            encoded.append((ids, ids))
+            encoded.append(processor.encode_conversation(messages, []))
         return collate(processor, encoded)
 
-    minimise(language, text_batch, seconds=minutes * 60 * 0.15, peak=2e-3, name="language model")
+    minimise(language, text_batch, seconds=minutes * 60 * 0.4, peak=2e-3, name="language model")
 
     captioner = LlavaUHDForConditionalGeneration(
         LlavaUHDConfig(
@@ -147,7 +153,7 @@ def pretrain(output: Path, minutes: float, batch_size: int = 32) -> None:
             images.append(image)
         return {**collate(processor, encoded), **processor.image_processor(images)}
 
-    minimise(captioner, image_batch, seconds=minutes * 60 * 0.85, peak=1.5e-3, name="tower")
+    minimise(captioner, image_batch, seconds=minutes * 60 * 0.6, peak=1.5e-3, name="tower")
     tower: CLIPVisionModel = captioner.model.vision_tower.clip
     tower.half().save_pretrained(output / "clip")
 

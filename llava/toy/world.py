@@ -54,12 +54,12 @@ BENCHMARKS = {
 # number of scenes per split, in seed order; benchmarks come first so that changing a training split moves no test
 SPLITS = {
     "benchmark": 600,
-    "align": 1200,
-    "captioned": 240,
-    "reasoning": 240,
-    "instructions": 900,
-    "unlabelled_images": 240,
-    "unlabelled_questions": 240,
+    "align": 6000,
+    "captioned": 700,
+    "reasoning": 700,
+    "instructions": 3000,
+    "unlabelled_images": 360,
+    "unlabelled_questions": 360,
 }
 
 
@@ -130,6 +130,10 @@ class World:
     def instructions(self) -> list[dict]:
         records = []
         for scene in self.scenes["instructions"]:
+            if self.rng.random() < 0.4:
+                turns = [human(with_image(self.rng.choice(CAPTION_QUESTIONS))), gpt(texts.description(scene))]
+                records.append(self.record("instructions", scene, *turns))
+                continue
             chosen = self.rng.sample(texts.questions(scene, self.rng), 2)
             turns = []
             for number, question in enumerate(chosen):

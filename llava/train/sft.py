@@ -121,12 +121,12 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, traini
 def run_training(model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments) -> tuple[int, int]:
     """Train to the end, continuing from the newest complete checkpoint; returns (samples, steps)."""
     import torch
-    from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from llava.data.collator import Collator
     from llava.model.load import load_model, load_processor
     from llava.train.parts import set_trainable
-    from llava.train.trainer import JsonlLog, SupervisedTrainer, last_complete_checkpoint, plot_loss
+    from llava.train.trainer import JsonlLog, LossBar, SupervisedTrainer, last_complete_checkpoint, plot_loss
 
     output = Path(training_arguments.output_dir)
     dataset = open_dataset(model_arguments, data_arguments, load_processor(model_arguments.model_name_or_path))
@@ -147,6 +147,8 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
         callbacks=[JsonlLog(output)],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossBar)
     checkpoint = last_complete_checkpoint(output)
     if checkpoint:
         logging.getLogger(__name__).info("continuing from %s", checkpoint)

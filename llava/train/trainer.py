@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llava.errors import UserError
@@ -58,6 +59,14 @@ class JsonlLog(TrainerCallback):
                 )
         with RecordAppender(self.path) as log:
             log.append({"step": state.global_step, **logs})
+
+
+class LossBar(ProgressCallback):
+    """The Trainer's progress bar with the loss beside it, instead of a line of numbers for every log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:

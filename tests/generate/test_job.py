@@ -1,0 +1,131 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from llava.generate.job import Job, run_job
+from llava.generate.sampling import Sampling
+from llava.prompts import caption_instruction
+from llava.records import read_jsonl, write_records
+
+
+@pytest.fixture
+def job(checkpoint, world, tmp_path):
+    return Job(
+        model_name_or_path=str(checkpoint), data_path=str(world / "unlabelled_images.json"),
+        output_dir=str(tmp_path / "run"), style="cod-default", n_candidates=2,
+        sampling=Sampling(temperature=1.0, max_new_tokens=5), batch_size=3,
+    )  # fmt: skip
+
+
+def output(job):
+    return list(read_jsonl(job.output))
+
+
+def test_every_record_comes_back_once_in_order_with_its_lineage(job, world):
+    run_job(job, "generate captions", caption_instruction)
+    inputs = json.loads((world / "unlabelled_images.json").read_text())
+    rows = output(job)
+    assert [row["id"] for row in rows] == [record["id"] for record in inputs]
+    assert [row["image"] for row in rows] == [record["image"] for record in inputs]
+    for row in rows:
+        assert [candidate["sample"] for candidate in row["candidates"]] == [0, 1]
+        for candidate in row["candidates"]:
+            assert candidate["instruction"] == caption_instruction("cod-default", "")
+            assert candidate["style"] == "cod-default"
+            assert (candidate["temperature"], candidate["top_p"], candidate["max_new_tokens"]) == (1.0, 0.9, 5)
+            assert candidate["model_hash"]
+            assert candidate["seed"]
+
+
+def ranks(job, world_size, monkeypatch):
+    """Run every rank of a job in turn in this process; rank 0 last, as it waits for the others and merges."""
+    from pathlib import Path
+
+    from llava.generate.job import generate_shard, merge
+
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    shards = Path(job.output_dir) / "shards"
+    for rank in reversed(range(world_size)):
+        monkeypatch.setenv("RANK", str(rank))
+        generate_shard(job, shards, caption_instruction)
+    return merge(job, shards), shards
+
+
+def test_shards_are_disjoint_and_complete_and_give_the_same_text(job, tmp_path, monkeypatch):
+    counts, shards = ranks(job, 3, monkeypatch)
+    parts = [{row["id"] for row in read_jsonl(path)} for path in sorted(shards.glob("shard-0000[0-2].jsonl"))]
+    assert len(parts) == 3
+    assert sum(map(len, parts)) == len(set().union(*parts)) == counts["in"] == counts["out"]
+    sharded = output(job)
+    from dataclasses import replace
+
+    other = replace(job, output_dir=str(tmp_path / "one"), batch_size=5)
+    ranks(other, 1, monkeypatch)
+    texts = [[c["text"] for c in row["candidates"]] for row in sharded]
+    assert texts == [[c["text"] for c in row["candidates"]] for row in output(other)]
+
+
+def test_resume_skips_what_is_there(job, monkeypatch):
+    from pathlib import Path
+
+    shards = Path(job.output_dir) / "shards"
+    first = json.loads(Path(job.data_path).read_text())[0]
+    write_records(shards / "shard-00009.jsonl", [{**first, "candidates": [{"text": "from before"}]}])
+    with (shards / "shard-00000.jsonl").open("w") as torn:
+        torn.write('{"id": "torn')
+    ranks(job, 2, monkeypatch)
+    rows = output(job)
+    assert rows[0]["candidates"] == [{"text": "from before"}]
+    assert all(len(row["candidates"]) == 2 for row in rows[1:])
+
+
+def test_unreadable_images_are_rejected_with_a_reason_and_shift_nothing(job, world, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    records = json.loads((world / "unlabelled_images.json").read_text())
+    (world / "broken.png").write_bytes(b"not an image")
+    records[1]["image"] = "broken.png"
+    records[2].pop("image")
+    path = world / "some_broken.json"
+    path.write_text(json.dumps(records))
+    job = replace(job, data_path=str(path))
+    counts, _ = ranks(job, 1, monkeypatch)
+    assert counts == {"in": len(records), "out": len(records) - 2, "rejected": 2, "candidates": 2 * (len(records) - 2)}
+    assert [row["id"] for row in output(job)] == [record["id"] for record in [records[0], *records[3:]]]
+    rejected = list(read_jsonl(job.output.with_name("candidates.rejected.jsonl")))
+    assert [row["id"] for row in rejected] == [records[1]["id"], records[2]["id"]]
+    assert "broken.png" in rejected[0]["reason"]
+    assert "no image" in rejected[1]["reason"]
+
+
+def test_two_real_processes_share_the_work(job):
+    """Two ranks as torchrun would start them."""
+    import os
+
+    flags = [
+        "--model_name_or_path", job.model_name_or_path, "--data_path", job.data_path, "--output_dir", job.output_dir,
+        "--n_candidates", "2", "--temperature", "1", "--max_new_tokens", "5",
+    ]  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "llava.generate.recaption", *flags],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-2000:]
+    rows = output(job)
+    assert len(rows) == len(json.loads(open(job.data_path).read()))
+    assert all(len(row["candidates"]) == 2 for row in rows)
+
+
+def test_unknown_prompt_is_named(job):
+    command = [sys.executable, "-m", "llava.generate.recaption", "--model_name_or_path", "x", "--data_path", "y"]
+    command += ["--output_dir", "z", "--prompt", "poem"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip() == "error: PROMPT is 'poem'; choose one of cod-default, cod-conv, default"

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava.errors import UserError
+from llava.generate.sampling import Prompt, Sampling, choose, complete
+from llava.seeds import seed_of
+
+
+def noise(width, height, seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def prompts():
+    sizes = [(48, 48), (100, 84), (150, 50), (72, 48), (48, 72)]
+    return [
+        Prompt(f"<image>\nWhat color is {'it ' * index}?", [noise(*size, index)], [seed_of(7, index, sample) for sample in range(3)])
+        for index, size in enumerate(sizes)
+    ]  # fmt: skip
+
+
+def test_greedy_equals_hugging_face_generate(model, processor, prompts):
+    [[ours]] = complete(model, processor, [Prompt(prompts[1].message, prompts[1].images, [0])], Sampling(temperature=0, max_new_tokens=12))
+    inputs = processor(images=prompts[1].images, text=[processor.prompt([{"role": "user", "content": prompts[1].message}])])
+    end = processor.tokenizer.eos_token_id
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=end, suppress_tokens=list(range(processor.image_token_id, 1024)))
+    ids = ids[0, inputs["input_ids"].shape[1] :].tolist()
+    assert ours.text == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert ours.tokens == len(ids)
+
+
+def test_text_depends_on_the_seed_and_not_on_the_batch(model, processor, prompts):
+    sampling = Sampling(temperature=0.8, top_p=0.95, max_new_tokens=10)
+    together = complete(model, processor, prompts, sampling)
+    alone = [complete(model, processor, [prompt], sampling)[0] for prompt in prompts]
+    backwards = complete(model, processor, prompts[::-1], sampling)[::-1]
+    assert together == alone == backwards
+    assert len({candidate.text for candidate in together[1]}) > 1
+    again = complete(model, processor, prompts, sampling)
+    assert again == together
+
+
+def test_choose_follows_the_distribution_by_hand():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]).repeat(5, 1))
+    uniform = torch.tensor([0.0, 0.49, 0.51, 0.81, 0.96])
+    plain = Sampling(temperature=1, top_p=1.0)
+    assert choose(logits, uniform, plain).tolist() == [0, 0, 1, 2, 3]
+    # top-p 0.7 keeps 0.5 and 0.3: the boundary between them lies at 0.5 / 0.8 = 0.625
+    assert choose(logits, uniform, Sampling(temperature=1, top_p=0.7)).tolist() == [0, 0, 0, 1, 1]
+    assert choose(logits, uniform, Sampling(temperature=1, top_p=1.0, top_k=1)).tolist() == [0] * 5
+    assert choose(logits, uniform, Sampling(temperature=0)).tolist() == [0] * 5
+    # temperature 0.5 squares the odds: 0.25, 0.09, 0.0225, 0.0025 of 0.365
+    assert choose(logits, torch.tensor([0.68, 0.69, 0.92, 0.94, 0.999]), Sampling(temperature=0.5, top_p=1.0)).tolist() == [0, 1, 1, 2, 3]
+
+
+def test_finish_reason_and_length(model, processor, prompts):
+    for candidates in complete(model, processor, prompts, Sampling(temperature=1.5, top_p=1.0, max_new_tokens=6)):
+        for candidate in candidates:
+            assert (candidate.finish_reason == "length") <= (candidate.tokens == 6)
+            assert candidate.tokens <= 6
+            assert "<image>" not in candidate.text
+
+
+def test_beams(model, processor, prompts):
+    sampling = Sampling(temperature=0, num_beams=3, max_new_tokens=6)
+    first = complete(model, processor, prompts[:2], sampling)
+    assert [len(candidates) for candidates in first] == [3, 3]
+    assert first == complete(model, processor, prompts[:2], sampling)
+    with pytest.raises(UserError, match="BEAMS >= N_CANDIDATES"):
+        complete(model, processor, prompts[:2], Sampling(temperature=0, num_beams=2, max_new_tokens=6))
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"num_beams": 0}, {"max_new_tokens": 0}])
+def test_settings_that_make_no_sense_are_named(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_the_checkpoints_own_generation_settings_are_not_inherited(model, processor, prompts):
+    sampling = Sampling(temperature=0.8, max_new_tokens=8)
+    before = complete(model, processor, prompts[:2], sampling)
+    model.generation_config.update(top_k=1, repetition_penalty=5.0, temperature=9.0, do_sample=True)
+    assert complete(model, processor, prompts[:2], sampling) == before

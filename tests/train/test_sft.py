@@ -1,0 +1,116 @@
+"""Training through its command line on the small world."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+def command(checkpoint, world, output, *flags):
+    return [
+        sys.executable, "-m", "llava.train.sft", "--model_name_or_path", str(checkpoint),
+        "--data_path", str(world / "instructions.json"), "--output_dir", str(output),
+        "--per_device_train_batch_size", "4", "--learning_rate", "1e-3", "--logging_steps", "1", "--max_steps", "6",
+        "--save_steps", "2", "--dataloader_num_workers", "0", *flags,
+    ]  # fmt: skip
+
+
+def run(*arguments, expect=0):
+    result = subprocess.run(*arguments, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == expect, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "out"
+    return output, run(command(checkpoint, world, output))
+
+
+def test_writes_a_complete_checkpoint_and_says_so_in_one_line(trained, checkpoint):
+    from llava.model.load import load_model, load_processor
+
+    output, result = trained
+    assert result.stdout.strip().splitlines()[-1].startswith("[train out] ")
+    assert "6 steps" in result.stdout
+    load_processor(output)
+    start, end = load_model(checkpoint, torch.float32), load_model(output, torch.float32)
+    assert not torch.equal(start.model.projector.query, end.model.projector.query)
+    state = json.loads((output / "run.json").read_text())
+    assert state["status"] == "complete"
+    assert state["counts"]["steps"] == 6
+    assert state["arguments"]["train_parts"] == "vision,projector,language"
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    losses = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert sum("loss" in row for row in losses) == 6
+
+
+def test_called_again_it_is_recognised_and_other_arguments_are_refused(trained, checkpoint, world):
+    output, _ = trained
+    before = (output / "model.safetensors").stat().st_mtime_ns
+    assert "already complete" in run(command(checkpoint, world, output)).stdout
+    assert (output / "model.safetensors").stat().st_mtime_ns == before
+    refused = run(command(checkpoint, world, output, "--train_parts", "projector"), expect=2)
+    assert "train_parts was 'vision,projector,language', now 'projector'" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_killed_and_restarted_it_ends_with_the_same_weights(trained, checkpoint, world, tmp_path):
+    straight, _ = trained
+    output = tmp_path / "out"
+    process = subprocess.Popen(command(checkpoint, world, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 240
+    while not (output / "checkpoint-2" / "trainer_state.json").is_file():
+        assert process.poll() is None, "finished before it could be killed"
+        assert time.time() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (output / "model.safetensors").exists()
+    assert json.loads((output / "run.json").read_text())["status"] == "running"
+    run(command(checkpoint, world, output))
+    first, second = load_file(straight / "model.safetensors"), load_file(output / "model.safetensors")
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_dry_run_reports_and_touches_nothing(checkpoint, world, tmp_path):
+    output = tmp_path / "out"
+    result = run(command(checkpoint, world, output, "--dry_run"))
+    assert "records" in result.stdout
+    assert "global batch 4" in result.stdout
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data_path", ""], "--data_path is missing"),
+        (["--data_path", "nowhere.json"], "nowhere.json"),
+        (["--model_name_or_path", "nowhere"], "nowhere"),
+        (["--train_parts", "head"], "'head'"),
+        (["--image_folder", "/nonexistent"], "image /nonexistent"),
+    ],
+)
+def test_bad_input_is_one_sentence(checkpoint, world, tmp_path, flags, message):
+    result = run(command(checkpoint, world, tmp_path / "out", *flags), expect=2)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in result.stderr
+
+
+def test_stage_one_trains_the_projector_alone(checkpoint, world, tmp_path):
+    output = tmp_path / "align"
+    run(command(checkpoint, world, output, "--train_parts", "projector", "--overview_only", "True"))
+    first, second = load_file(checkpoint / "model.safetensors"), load_file(output / "model.safetensors")
+    moved = {name for name in first if not torch.equal(first[name], second[name])}
+    assert moved
+    assert all(name.startswith("model.projector.") for name in moved)

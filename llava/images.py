@@ -29,8 +29,8 @@ def find_image(folder: str | Path, name: str) -> Path:
     path = Path(folder) / relative
     try:
         kind = path.stat().st_mode
-    except OSError as error:
-        raise ImageError(f"image {path} cannot be opened: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"image {str(path)!r} cannot be opened: {error}") from error
     if not stat.S_ISREG(kind):
         raise ImageError(f"image {path} is not a regular file")
     return path
@@ -41,10 +41,15 @@ def image_size(path: str | Path) -> tuple[int, int]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
-            rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (
+                5,
+                6,
+                7,
+                8,
+            )  # Pillow turns TIFFs itself
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"image {path} cannot be read: {error}") from error
-    return (height, width) if rotated else (width, height)
+    return (height, width) if turned else (width, height)
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -53,8 +58,8 @@ def load_image(path: str | Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
             return to_rgb(image)
-    except ImageError:
-        raise
+    except ImageError as error:
+        raise ImageError(f"image {path}: {error}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"image {path} cannot be decoded: {error}") from error
 

@@ -106,9 +106,10 @@ def final_description(response: str) -> str:
 
 
 def final_answer(response: str) -> str:
-    """The text by which reasoning responses are compared: step 4, else the last line; "The answer is" removed."""
+    """The text by which reasoning responses are compared: step 4, else the last line that is no heading; "The answer is" removed."""
     steps = parse_steps(response)
-    text = steps.get(4) or ([line for line in response.strip().split("\n") if line.strip()] or [""])[-1]
+    said = [line for line in response.split("\n") if line.strip() and not STEP_LINE.match(line)]
+    text = steps.get(4) or (said or [""])[-1]
     return re.sub(r"^(so,? |therefore,? )?the (final )?answer is:?\s*", "", text.strip(), flags=re.IGNORECASE)
 
 

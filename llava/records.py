@@ -63,7 +63,12 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 def parse_json(data: bytes, where: str) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique_keys, parse_constant=no_constant)
+        value = json.loads(
+            data.decode("utf-8-sig"), object_pairs_hook=unique_keys, parse_constant=no_constant, parse_float=finite
+        )
+        if b"\\ud" in data.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could be read but never written
+        return value
     except (ValueError, RecursionError) as error:
         raise fail(where, f"is not valid JSON ({error})", "repair or delete it") from error
 
@@ -73,6 +78,13 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) != len(pairs):
         raise ValueError("a key occurs twice in one object")
     return fields
+
+
+def finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is too large a number")
+    return number
 
 
 def no_constant(name: str) -> None:
@@ -92,7 +104,7 @@ def check_record(record: Record, where: str) -> Record:
     if not isinstance(turns, list) or not turns:
         raise fail(where, "field conversations is missing or empty", 'a list of {"from": "human"|"gpt", "value": ...}')
     for number, turn in enumerate(turns):
-        role = ROLES.get(turn.get("from", turn.get("role"))) if isinstance(turn, dict) else None
+        role = ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
         text = turn.get("value", turn.get("content")) if role else None
         if role is None:
             raise fail(where, f"conversations[{number}] has no known speaker", 'set "from" to "human" or "gpt"')
@@ -280,6 +292,19 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def numbered(paths: list[str]) -> Iterator[Record]:
+    """The records of all files with ids <file stem>-<number>, with the file's number where stems repeat."""
+    stems = [Path(path).stem for path in paths]
+    for place, (path, stem) in enumerate(zip(paths, stems, strict=True), 1):
+        prefix = stem if stems.count(stem) == 1 else f"{stem}-{place}"
+        for number, row in read_rows(path):
+            if not isinstance(row, dict):
+                raise fail(
+                    f"{path} record {number}", f"is a {type(row).__name__}, not an object", "one JSON object per record"
+                )
+            yield {**row, "id": f"{prefix}-{number}"}
+
+
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -293,7 +318,9 @@ def records_of_folder(folder: str | Path, question: str) -> list[Record]:
         raise fail(str(folder), "is no folder", "give the folder that holds your images")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
     if not found:
-        raise fail(str(folder), f"holds no image ({', '.join(PHOTO_SUFFIXES)})", "give the folder that holds your images")
+        raise fail(
+            str(folder), f"holds no image ({', '.join(PHOTO_SUFFIXES)})", "give the folder that holds your images"
+        )
     names = [path.relative_to(folder).as_posix() for path in found]
     turns = [{"from": "human", "value": f"{IMAGE}\n{question}"}]
     return [{"id": name, "image": name, "conversations": turns} for name in names]
@@ -307,7 +334,9 @@ def main() -> None:
     parser.add_argument("files", nargs="*", help=".json or .jsonl files of records to check")
     parser.add_argument("--number", action="store_true", help="write the files' records with ids <file stem>-<number>")
     parser.add_argument("--from_folder", help="write one record per image below this folder")
-    parser.add_argument("--question", default="Please describe the image in detail.", help="first turn with --from_folder")
+    parser.add_argument(
+        "--question", default="Please describe the image in detail.", help="first turn with --from_folder"
+    )
     parser.add_argument("--output", help="where --number and --from_folder write")
     arguments = parser.parse_args()
     if bool(arguments.files) == bool(arguments.from_folder):
@@ -318,9 +347,7 @@ def main() -> None:
         count = write_records(arguments.output, records_of_folder(arguments.from_folder, arguments.question))
         print(f"{count} records in {arguments.output}; their image folder is {arguments.from_folder}")
     elif arguments.number:
-        rows = ((path, number, row) for path in arguments.files for number, row in read_rows(path))
-        records = ({**row, "id": f"{Path(path).stem}-{number}"} for path, number, row in rows)
-        print(f"{write_records(arguments.output, records)} records in {arguments.output}")
+        print(f"{write_records(arguments.output, numbered(arguments.files))} records in {arguments.output}")
     else:
         for path in arguments.files:
             print(f"{path}: {sum(1 for _ in read_unique(path))} records, all valid, ids unique")

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -111,7 +112,8 @@ def read_state(folder: Path) -> dict[str, Any] | None:
             return json.loads(path.read_text())
         except ValueError as error:
             raise RunError(f"{path} is damaged ({error}). Fix: delete the folder {folder}, or name another") from error
-    strangers = [entry.name for entry in folder.iterdir() if entry.name != ".lock"]
+    ours = re.compile(r"\.lock|run\.json\.\d+\.tmp")  # the second: a kill during the very first save
+    strangers = [entry.name for entry in folder.iterdir() if not ours.fullmatch(entry.name)]
     if strangers:
         raise RunError(
             f"output folder {folder} already holds {strangers[0]!r}, which no run of this pipeline recorded. "

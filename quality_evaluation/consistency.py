@@ -29,8 +29,9 @@ def mean_cosine(embeddings: np.ndarray) -> np.ndarray:
 
 def leave_one_out(embeddings: np.ndarray) -> np.ndarray:
     """(n,) mean cosine of each candidate with the others; comparable between different n. Needs n >= 2."""
-    count = len(embeddings)
-    return (mean_cosine(embeddings) * count - 1) / (count - 1)
+    vectors = unit(embeddings.astype(np.float64))
+    own = (vectors * vectors).sum(axis=1)  # 1, or 0 for an empty text
+    return (vectors @ vectors.sum(axis=0) - own) / (len(vectors) - 1)
 
 
 def vote(answers: list[str]) -> np.ndarray:
@@ -40,9 +41,9 @@ def vote(answers: list[str]) -> np.ndarray:
 
 
 def normal(answer: str) -> str:
-    """A short answer without case, articles, punctuation at its ends and extra blanks."""
-    answer = re.sub(r"\b(a|an|the)\b", " ", answer.lower())
-    return re.sub(r"\s+", " ", answer).strip(" .,:;!?\"'()*")
+    """A short answer without case, punctuation at its ends, articles before a word, and extra blanks."""
+    answer = re.sub(r"\s+", " ", answer.lower()).strip(" .,:;!?\"'()*")
+    return re.sub(r"\b(a|an|the) (?=\S)", "", answer)
 
 
 def best(scores: np.ndarray) -> int:

@@ -33,15 +33,22 @@ CHUNK = 512  # records encoded together
 
 def candidates_of(record: Record) -> list[dict[str, Any]]:
     """The record's candidates as objects with `text`."""
-    if "candidates" in record:
-        return [{"text": item} if isinstance(item, str) else item for item in record["candidates"]]
+    found = record.get("candidates")
     for field in ("generated_caption", "generated_thought"):
-        if field in record:
-            return [{"text": record[field]}]
-    raise RecordError(
-        f"record {record['id']!r} has no candidates. Fix: give files written by llava.generate, or records "
-        "with a `candidates` list"
-    )
+        if found is None and field in record:
+            found = [record[field]]
+    if not isinstance(found, list):
+        raise RecordError(
+            f"record {record['id']!r} has no candidates. Fix: give files written by llava.generate, or records "
+            "with a `candidates` list"
+        )
+    candidates = [{"text": item} if isinstance(item, str) else item for item in found]
+    for number, item in enumerate(candidates):
+        if not isinstance(item, dict) or not isinstance(item.get("text"), str):
+            raise RecordError(
+                f"record {record['id']!r}: candidate {number} is {found[number]!r}. Fix: a string, or an object with `text`"
+            )
+    return candidates
 
 
 def pool(paths: list[str]) -> tuple[list[Record], int]:
@@ -72,13 +79,12 @@ def judge(record: Record, scores, threshold: float, seed: int) -> Record:
     from quality_evaluation.consistency import best, pick_rejected
 
     texts = [item["text"] for item in record["candidates"]]
+    scores = scores.round(6)  # equal texts tie, and 1 is 1
     winner = best(scores)
     loser = pick_rejected(texts, scores, winner, seed_of(seed, record["id"], "rejected"))
-    candidates = [
-        {**item, "score": round(float(score), 6)} for item, score in zip(record["candidates"], scores, strict=True)
-    ]
+    candidates = [{**item, "score": float(score)} for item, score in zip(record["candidates"], scores, strict=True)]
     decision = {
-        "chosen": winner, "rejected": loser, "score": round(float(scores[winner]), 6), "threshold": threshold,
+        "chosen": winner, "rejected": loser, "score": float(scores[winner]), "threshold": threshold,
         "kept": bool(scores[winner] >= threshold),
     }  # fmt: skip
     return {**record, "candidates": candidates, "decision": decision}
@@ -89,7 +95,7 @@ def training_record(record: Record) -> Record:
     winner = record["candidates"][record["decision"]["chosen"]]
     return {
         "id": record["id"],
-        "image": record["image"],
+        **{key: record[key] for key in ("image",) if key in record},
         "conversations": [
             {"from": "human", "value": asked_of(record, winner)},
             {"from": "gpt", "value": winner["text"]},
@@ -103,7 +109,8 @@ def preference_record(record: Record) -> Record:
     winner = record["candidates"][record["decision"]["chosen"]]
     loser = record["candidates"][record["decision"]["rejected"]]
     return {
-        "id": record["id"], "image": record["image"], "conversations": record["conversations"],
+        "id": record["id"], **{key: record[key] for key in ("image",) if key in record},
+        "conversations": record["conversations"],
         "prompt": asked_of(record, winner), "chosen": winner["text"], "rejected": loser["text"],
         "scores": [winner["score"], loser["score"]],
     }  # fmt: skip
@@ -165,6 +172,9 @@ def main() -> None:
         if value not in known:
             raise UserError(f"--{name} is {value!r}; choose one of {', '.join(known)}")
 
+    twice = [path for path in arguments.candidates if arguments.candidates.count(path) > 1]
+    if twice:
+        raise UserError(f"{twice[0]} is given twice; its candidates would agree with themselves. Fix: name it once")
     pooled, empty = pool(arguments.candidates)
     enough = [record for record in pooled if len(record["candidates"]) > 1]
     rejected = [

@@ -4,6 +4,7 @@
 is a sentence-transformers folder (extra `embed`). The paper used NV-Embed-v2.
 """
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -15,7 +16,6 @@ import numpy as np
 
 from llava.errors import UserError
 from quality_evaluation.consistency import unit
-import itertools
 
 WIDTH = 4096
 

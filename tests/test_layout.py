@@ -12,7 +12,14 @@ FOLDERS = {
     "llava", "training_scripts", "recap_scripts", "quality_evaluation", "training_data_annotation", "model_weight", "tests",
 }  # fmt: skip
 STAGES = {"quality_evaluation", "training_data_annotation"}
-STANDARD_LIBRARY_ONLY = ("llava/records.py", "llava/prompts.py", "llava/errors.py", "llava/seeds.py", "llava/runs.py", "llava/model/slicing.py")
+STANDARD_LIBRARY_ONLY = (
+    "llava/records.py",
+    "llava/prompts.py",
+    "llava/errors.py",
+    "llava/seeds.py",
+    "llava/runs.py",
+    "llava/model/slicing.py",
+)
 
 
 def tracked(pattern: str) -> list[Path]:
@@ -81,7 +88,13 @@ def test_no_bare_except_and_no_unsafe_loading():
         text = path.read_text()
         for node in ast.walk(ast.parse(text)):
             assert not (isinstance(node, ast.ExceptHandler) and node.type is None), path
-        for forbidden in ("trust_remote_code=True", "shell=True", "weights_only=False", "LOAD_TRUNCATED_IMAGES", "eval("):
+        for forbidden in (
+            "trust_remote_code=True",
+            "shell=True",
+            "weights_only=False",
+            "LOAD_TRUNCATED_IMAGES",
+            "eval(",
+        ):
             assert forbidden not in text.replace("literal_eval(", "").replace(".eval()", ""), f"{path}: {forbidden}"
 
 

@@ -46,7 +46,12 @@ def variables(world, tmp_path):
 def cycle(variables):
     script = ["bash", str(ROOT / "training_scripts" / "run_sicog.sh")]
     return subprocess.Popen(
-        script, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        script,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -91,4 +96,4 @@ def test_the_loop_closes_survives_a_kill_and_is_recognised(variables):
     for part in ("ToyPOPE", "data:image/png;base64", "threshold 0.1", "chosen", "<svg"):
         assert part in report
     assert "http://" not in report.replace("http://www.w3.org", "")
-    assert "src=\"http" not in report
+    assert 'src="http' not in report

@@ -136,6 +136,13 @@ def test_a_step_number_inside_a_sentence_is_no_heading():
     assert parse_steps("Step 1: Look\nSee Step 2: below.") == {1: "See Step 2: below."}
 
 
+def test_a_step_that_comes_twice_keeps_its_first_text():
+    assert parse_steps("Step 1: Look\nA dog.\nStep 2: More\nA ball.\nStep 1: Look\nA cat.") == {
+        1: "A dog.",
+        2: "A ball.",
+    }
+
+
 def test_text_without_steps_has_none():
     assert parse_steps("A dog.") == {}
     assert parse_steps("") == {}

@@ -12,7 +12,12 @@ def test_short_enough_to_read():
 
 
 def test_every_named_path_exists():
-    named = set(re.findall(r"`((?:llava|training_scripts|recap_scripts|quality_evaluation|training_data_annotation|model_weight|tests)/[\w./-]*)`", README))
+    named = set(
+        re.findall(
+            r"`((?:llava|training_scripts|recap_scripts|quality_evaluation|training_data_annotation|model_weight|tests)/[\w./-]*)`",
+            README,
+        )
+    )
     assert len(named) > 15
     for name in named:
         if name.startswith("model_weight/") and name != "model_weight/README.md":
@@ -36,7 +41,9 @@ def test_variables_of_the_readme_and_of_the_scripts_are_the_same():
     scripts = "\n".join(path.read_text() for path in ROOT.rglob("*.sh") if ".venv" not in path.parts)
     read = set(re.findall(r"\$\{([A-Z][A-Z_]+)[:?\-+}]", scripts))
     read |= set(re.findall(r"^rename_variable ([A-Z_]+)", scripts, re.MULTILINE))
-    internal = {"BASH_SOURCE", "CONDA_PREFIX", "VIRTUAL_ENV", "PWD"} | {name for name in read if name.startswith("SLURM_")}
+    internal = {"BASH_SOURCE", "CONDA_PREFIX", "VIRTUAL_ENV", "PWD"} | {
+        name for name in read if name.startswith("SLURM_")
+    }
     table = README[README.index("## Variables") :]
     table = table[: table.index("\n## ")]
     listed = set(re.findall(r"`([A-Z][A-Z_]+)`", table))

@@ -34,7 +34,12 @@ def real_vocabulary_checkpoint(real_data, tmp_path_factory):
     ).save_pretrained(folder / "lm")  # fmt: skip
     CLIPVisionModel(
         CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=336, patch_size=14
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=336,
+            patch_size=14,
         )
     ).save_pretrained(folder / "clip")
     return assemble(folder / "clip", folder / "lm", folder / "init")
@@ -58,7 +63,9 @@ def script(path, *flags, **variables):
     python = ROOT / ".venv" / "bin" / "python"
     environment = {**os.environ, "PYTHON": str(python) if python.exists() else "python3"}
     environment |= {key: str(value) for key, value in variables.items()}
-    result = subprocess.run(["bash", str(ROOT / path), *flags], env=environment, capture_output=True, text=True, timeout=500, check=False)
+    result = subprocess.run(
+        ["bash", str(ROOT / path), *flags], env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -75,7 +82,12 @@ def test_recaption_curate_and_train(name, request, real_data, photos, tmp_path):
                OUTPUT_DIR=tmp_path / style, **common)  # fmt: skip
         files.append(str(tmp_path / style / "candidates.jsonl"))
         assert len(list(read_jsonl(files[-1]))) == 12
-    out = script("quality_evaluation/scripts/recaption_quality_eval.sh", RAW_DATASET=",".join(files), THRESHOLD="-1", OUTPUT_DIR=tmp_path / "curated")
+    out = script(
+        "quality_evaluation/scripts/recaption_quality_eval.sh",
+        RAW_DATASET=",".join(files),
+        THRESHOLD="-1",
+        OUTPUT_DIR=tmp_path / "curated",
+    )
     assert "12 in, 12 kept" in out
     chosen = list(read_jsonl(tmp_path / "curated" / "chosen.jsonl"))
     usable = [record for record in chosen if record["conversations"][1]["value"].strip()]
@@ -92,7 +104,14 @@ def test_recaption_curate_and_train(name, request, real_data, photos, tmp_path):
 
 def test_a_folder_of_photos_becomes_records(real_data, checkpoint, tmp_path):
     python = ROOT / ".venv" / "bin" / "python"
-    command = [str(python) if python.exists() else "python3", "-m", "llava.records", "--from_folder", str(real_data / "photos"), "--output"]
+    command = [
+        str(python) if python.exists() else "python3",
+        "-m",
+        "llava.records",
+        "--from_folder",
+        str(real_data / "photos"),
+        "--output",
+    ]
     subprocess.run([*command, str(tmp_path / "photos.jsonl")], check=True, cwd=ROOT, capture_output=True)
     records = list(read_jsonl(tmp_path / "photos.jsonl"))
     assert len(records) > 60

@@ -13,7 +13,9 @@ WEIGHTS = ROOT / "llava" / "toy" / "weights"
 
 def bash(script, *flags, expect=0, **variables):
     kept = ("PATH", "HOME", "VIRTUAL_ENV", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
-    environment = {key: value for key, value in os.environ.items() if key in kept} | {"PYTHON": str(ROOT / ".venv/bin/python")}
+    environment = {key: value for key, value in os.environ.items() if key in kept} | {
+        "PYTHON": str(ROOT / ".venv/bin/python")
+    }
     if not Path(environment["PYTHON"]).exists():
         environment["PYTHON"] = "python3"
     result = subprocess.run(
@@ -81,7 +83,12 @@ def dry(script, **variables):
 
 def test_dry_run_of_annotation(world, tmp_path):
     common = {"OUTPUT_COD_DIR": tmp_path / "cod", "OUTPUT_DD_DIR": tmp_path / "a folder with spaces"}
-    out = dry("training_data_annotation/revise_cod.sh", ORIGINAL_CAPTION_FILE=world / "captioned.json", IMAGE_DIR=world, **common)
+    out = dry(
+        "training_data_annotation/revise_cod.sh",
+        ORIGINAL_CAPTION_FILE=world / "captioned.json",
+        IMAGE_DIR=world,
+        **common,
+    )
     assert "--model gpt-4o" in out
     assert "every image found" in out
     out = dry("training_data_annotation/revise_cot.sh", ORIGINAL_COT_FILE=world / "reasoning.jsonl",
@@ -97,9 +104,19 @@ def test_dry_run_of_training(world, checkpoint, tmp_path):
         assert "global batch 128" in out
         assert "vision 302,208, projector 96,640, language 648,832" in out
         assert "--learning_rate 2e-5" in out
-    out = dry("training_scripts/uhdv1-finetune-qwen-stage15-sft.sh", MM_PROJECTOR_CHECKPOINT=checkpoint, ACCU_STEPS="3", **common)
+    out = dry(
+        "training_scripts/uhdv1-finetune-qwen-stage15-sft.sh",
+        MM_PROJECTOR_CHECKPOINT=checkpoint,
+        ACCU_STEPS="3",
+        **common,
+    )
     assert "global batch 12," in out
-    out = dry("training_scripts/uhdv1-pretrain-qwen-stage1-align.sh", LLM_CKPT_DIR=WEIGHTS / "qwen2", CLIP_CKPT_DIR=WEIGHTS / "clip", **common)
+    out = dry(
+        "training_scripts/uhdv1-pretrain-qwen-stage1-align.sh",
+        LLM_CKPT_DIR=WEIGHTS / "qwen2",
+        CLIP_CKPT_DIR=WEIGHTS / "clip",
+        **common,
+    )
     assert "global batch 256" in out
     assert "--train_parts projector" in out
     assert list(tmp_path.iterdir()) == []
@@ -107,15 +124,31 @@ def test_dry_run_of_training(world, checkpoint, tmp_path):
 
 def test_dry_run_of_generation_curation_and_evaluation(world, checkpoint, tmp_path):
     common = {"MODEL_PATH": checkpoint, "OUTPUT_DIR": tmp_path / "out"}
-    out = dry("recap_scripts/recap_inference.sh", DATA_PATH=world / "unlabelled_images.json", PROMPT="cod-conv", TEMPERATURE="0.5", **common)
+    out = dry(
+        "recap_scripts/recap_inference.sh",
+        DATA_PATH=world / "unlabelled_images.json",
+        PROMPT="cod-conv",
+        TEMPERATURE="0.5",
+        **common,
+    )
     assert "--temperature 0.5" in out
     assert "Describe the image step-by-step." in out
-    out = dry("recap_scripts/reasoning_inference.sh", DATA_PATH=world / "unlabelled", SPLIT="questions", AUGMENT_METHODS="mask,color_jitter", **common)
+    out = dry(
+        "recap_scripts/reasoning_inference.sh",
+        DATA_PATH=world / "unlabelled",
+        SPLIT="questions",
+        AUGMENT_METHODS="mask,color_jitter",
+        **common,
+    )
     assert "Answer the question step-by-step." in out
     candidates = tmp_path / "candidates.jsonl"
-    candidates.write_text('{"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "Hi"}], "candidates": ["a", "b"]}\n')
+    candidates.write_text(
+        '{"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "Hi"}], "candidates": ["a", "b"]}\n'
+    )
     for script in ("recaption", "reasoning"):
-        out = dry(f"quality_evaluation/scripts/{script}_quality_eval.sh", RAW_DATASET=candidates, OUTPUT_DIR=tmp_path / "out")
+        out = dry(
+            f"quality_evaluation/scripts/{script}_quality_eval.sh", RAW_DATASET=candidates, OUTPUT_DIR=tmp_path / "out"
+        )
         assert "1 with 2 candidates" in out
     out = dry("training_scripts/evaluate.sh", DATA_PATH=world / "benchmarks", **common)
     assert "ToyMCQ" in out
@@ -132,10 +165,19 @@ def test_dry_run_of_the_whole_cycle_names_every_stage(world):
 
 
 def test_several_nodes_and_gpus_reach_torchrun(world, checkpoint, tmp_path):
-    common = {"EXPERIMENT_NAME": "x", "OUTPUT_DIR": tmp_path, "DATA_PATH": world / "align.json", "PREV_STAGE_CHECKPOINT": checkpoint, "DRY_RUN": "print"}
+    common = {
+        "EXPERIMENT_NAME": "x",
+        "OUTPUT_DIR": tmp_path,
+        "DATA_PATH": world / "align.json",
+        "PREV_STAGE_CHECKPOINT": checkpoint,
+        "DRY_RUN": "print",
+    }
     script = "training_scripts/uhdv1-finetune-qwen-stage2-sft.sh"
     out = bash(script, NNODES=4, NODE_RANK=2, MASTER_ADDR="10.0.0.1", NPROC_PER_NODE=8, **common).stdout
-    assert "torch.distributed.run --nnodes 4 --node-rank 2 --master-addr 10.0.0.1 --master-port 29500 --nproc-per-node 8 -m llava.train.sft" in out
+    assert (
+        "torch.distributed.run --nnodes 4 --node-rank 2 --master-addr 10.0.0.1 --master-port 29500 --nproc-per-node 8 -m llava.train.sft"
+        in out
+    )
     out = bash(script, SLURM_NNODES=2, SLURM_NODEID=1, MASTER_ADDR="n1", **common).stdout
     assert "--nnodes 2 --node-rank 1" in out
     out = bash(script, DISTRIBUTED_ARGS="--nproc-per-node=3 --standalone", **common).stdout
@@ -167,10 +209,20 @@ def test_wrong_inputs_are_one_sentence(world, checkpoint, tmp_path):
     assert error.startswith("error: MODEL_PATH=/nowhere does not exist. Fix:")
     error = bash(script, expect=2, MODEL_PATH=WEIGHTS / "qwen2", DATA_PATH=world / "align.json", **common).stderr
     assert "is a 'qwen2' model, not llava_uhd" in error
-    error = bash(script, expect=2, MODEL_PATH=checkpoint, DATA_PATH=world / "align.json", PROMPT="poem", **common).stderr
+    error = bash(
+        script, expect=2, MODEL_PATH=checkpoint, DATA_PATH=world / "align.json", PROMPT="poem", **common
+    ).stderr
     assert error == "error: PROMPT is 'poem'; choose one of cod-default, cod-conv, default\n"
     empty = tmp_path / "folder without images"
     empty.mkdir()
-    error = bash(script, expect=2, MODEL_PATH=checkpoint, DATA_PATH=world / "align.json", IMAGE_FOLDER=empty, DRY_RUN="1", **common).stderr
+    error = bash(
+        script,
+        expect=2,
+        MODEL_PATH=checkpoint,
+        DATA_PATH=world / "align.json",
+        IMAGE_FOLDER=empty,
+        DRY_RUN="1",
+        **common,
+    ).stderr
     assert "no image can be read" in error
     assert "Traceback" not in error

@@ -29,6 +29,7 @@ from llava.prompts import (
 from llava.records import (
     Record,
     RecordAppender,
+    RecordError,
     images_of,
     messages_of,
     question_of,
@@ -72,7 +73,7 @@ def annotate(record: Record, folder: str, client) -> dict[str, Any]:
                 "id": record["id"], "steps": steps, "model": reply.model,
                 "prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens,
             }  # fmt: skip
-        except ImageError as error:
+        except (ImageError, RecordError) as error:
             return rejection(record, str(error))
         except Refused as error:
             reason = f"no usable answer: {error}"
@@ -108,12 +109,19 @@ def ask_all(records: list[Record], folder: str, client, path: Path, concurrency:
     bar = tqdm(total=len(records), initial=len(done), desc="annotate", unit="record")
     with RecordAppender(path, sync_every=1) as replies, ThreadPoolExecutor(concurrency) as pool, bar:
         flying = {pool.submit(annotate, record, folder, client) for record in islice(todo, concurrency)}
+        failure: BaseException | None = None
         while flying:
             finished, flying = wait(flying, return_when=FIRST_COMPLETED)
             for future in finished:
-                replies.append(future.result())
-                bar.update(1)
-                flying |= {pool.submit(annotate, record, folder, client) for record in [next(todo, None)] if record}
+                if future.exception() is None:
+                    replies.append(future.result())
+                    bar.update(1)
+                else:
+                    failure = failure or future.exception()
+                if failure is None:
+                    flying |= {pool.submit(annotate, record, folder, client) for record in islice(todo, 1)}
+    if failure is not None:  # raised only now: what was in flight is paid for and kept
+        raise failure
 
 
 def main() -> None:

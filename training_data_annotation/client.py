@@ -71,17 +71,20 @@ class ChatClient:
         except (self.openai.BadRequestError, self.openai.UnprocessableEntityError) as error:
             raise Refused(str(error)) from error
         except self.openai.APIError as error:
+            if (
+                isinstance(error, self.openai.APIStatusError) and error.status_code == 413
+            ):  # this image is too large; the next may not be
+                raise Refused(str(error)) from error
             raise ServiceDown(
                 f"the annotator does not answer after {MAX_RETRIES} retries: {error}. Fix: run the same command again later"
             ) from error
         except (ValueError, AttributeError, IndexError, TypeError) as error:  # HTML or broken JSON with status 200
             raise Refused(f"the reply is no chat completion: {error}") from error
-        if finish != "stop" or not reply or not reply.strip():
-            raise Refused(f"finish_reason {finish!r} with {len(reply or '')} characters")
+        if finish != "stop" or not isinstance(reply, str) or not reply.strip():
+            raise Refused(f"finish_reason {finish!r}, content {str(reply)[:80]!r}")
         usage = response.usage
-        return Reply(
-            reply, response.model, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0
-        )
+        tokens = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
+        return Reply(reply, response.model, *tokens)
 
 
 def is_loopback(url: str) -> bool:
@@ -97,7 +100,7 @@ def data_url(path: Path) -> str:
     try:
         with Image.open(path, formats=FORMATS) as image:
             kind = Image.MIME[image.format]
-            image.verify()
+            image.load()  # verify() lets truncated JPEGs pass
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"image {path} cannot be read: {error}") from error
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

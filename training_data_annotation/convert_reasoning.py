@@ -46,8 +46,9 @@ def convert(record: Record) -> tuple[Record, Record]:
             steps = tags_to_steps(message["content"])
             cot.append({"from": "gpt", "value": render_steps(COT_HEADINGS, steps)})
             short.append({"from": "gpt", "value": steps[-1]})
-    if not cot:
-        raise FormatError("no human turn")
+    speakers = [message["role"] for message in messages_of(record)]
+    if speakers != ["user", "assistant"] * (len(speakers) // 2) or not speakers:
+        raise FormatError(f"speakers are {', '.join(speakers)}; human and gpt must alternate, human first")
     kept = {key: value for key, value in record.items() if key not in ("id", "conversations")}
     lineage = {"stage": "convert", "source": record["id"]}
 

@@ -34,12 +34,14 @@ def read_tsv(path: str | Path) -> list[Row]:
     if not Path(path).is_file():
         raise UserError(f"{path} is no file. Fix: name VLMEvalKit TSV files, comma-separated")
     with Path(path).open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
+        rows = list(csv.DictReader(file, delimiter="\t", restval=""))
     if not rows:
         raise UserError(f"{path} holds no questions")
     for column in ("index", "question", "answer"):
         if column not in rows[0]:
             raise UserError(f"{path} has no column {column!r}; VLMEvalKit TSVs have index, image, question, answer")
+    if len({row["index"] for row in rows}) < len(rows):
+        raise UserError(f"{path} uses an index twice; answers are matched by index")
     if "image" not in rows[0] and "image_path" not in rows[0]:
         raise UserError(f"{path} has neither an image nor an image_path column")
     return rows
@@ -49,15 +51,19 @@ def images_of_row(row: Row, by_index: dict[str, Row], folder: Path) -> list:
     """The row's PIL images. A value of 64 characters or fewer names the row whose image is meant."""
     from PIL import Image
 
-    from llava.images import find_image, load_image, to_rgb
+    from llava.images import FORMATS, ImageError, find_image, load_image, to_rgb
 
     value = row.get("image", "")
     if value and len(value) <= 64 and value in by_index:
         value = by_index[value]["image"]
     if not value:
         return [load_image(find_image(folder, row["image_path"]))]
-    encoded = ast.literal_eval(value) if value.startswith("[") else [value]
-    return [to_rgb(Image.open(io.BytesIO(base64.b64decode(item)))) for item in encoded]
+    try:
+        encoded = ast.literal_eval(value) if value.startswith("[") else [value]
+        decoded = [Image.open(io.BytesIO(base64.b64decode(item, validate=True)), formats=FORMATS) for item in encoded]
+        return [to_rgb(image) for image in decoded]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"row {row['index']}: the image cannot be decoded: {error}") from error
 
 
 def options_of(row: Row) -> dict[str, str]:
@@ -102,8 +108,9 @@ def chosen_letter(text: str, options: dict[str, str]) -> str | None:
 
 
 def plain(text: str) -> str:
-    text = re.sub(r"\b(a|an|the)\b", " ", text.lower()) if len(text.strip()) > 1 else text.lower()
-    return re.sub(r"\s+", " ", text).strip(" .,:;!?\"'()")
+    """A short answer without case, punctuation at its ends, articles before a word, and extra blanks."""
+    text = re.sub(r"\s+", " ", text.lower()).strip(" .,:;!?\"'()*")
+    return re.sub(r"\b(a|an|the) (?=\S)", "", text)
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:

@@ -32,6 +32,8 @@ def paired_difference(first: Path, second: Path) -> tuple[float, float]:
     """
     a = {row["index"]: row["correct"] for row in read_jsonl(first)}
     b = {row["index"]: row["correct"] for row in read_jsonl(second)}
+    if not a:
+        raise UserError(f"{first} holds no predictions. Fix: evaluate this model again")
     if a.keys() != b.keys():
         raise UserError(f"{first} and {second} answer different questions; evaluate both on the same TSV")
     differences = [b[index] - a[index] for index in a]

@@ -108,7 +108,9 @@ def load_whole(model_class, folder: str | Path, dtype):
     model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     logging.set_verbosity(verbosity)
     if report["missing_keys"]:
-        raise UserError(f"{folder} lacks {len(report['missing_keys'])} tensors, first {sorted(report['missing_keys'])[0]!r}")
+        raise UserError(
+            f"{folder} lacks {len(report['missing_keys'])} tensors, first {sorted(report['missing_keys'])[0]!r}"
+        )
     return model
 
 

@@ -46,19 +46,21 @@ def language_config(tokenizer: Qwen2Tokenizer) -> Qwen2Config:
     )  # fmt: skip
 
 
-def conversation(seed: int) -> tuple[str, str]:
-    """One instruction and its answer about scene `seed`, of a kind chosen by the seed.
+MIX = {"description": 25, "steps": 15, "short": 15, "question": 30, "reasoning": 10, "text": 5}
+SHORT_MIX = {"description": 30, "short": 30, "question": 40}  # short texts first: copying is learned from them
+
+
+def conversation(seed: int, mix: dict[str, int]) -> tuple[str, str]:
+    """One instruction and its answer about scene `seed`, of a kind drawn from `mix`.
 
     Most instructions begin with the scene's facts in words, where an image would stand: the language model learns to
     answer from what comes before the question, as a real one can before it ever sees an image.
     """
     scene, rng = sample_scene(seed), random.Random(f"conversation/{seed}")
-    kind = rng.choices(
-        ("description", "steps", "short", "question", "reasoning", "text"), weights=(25, 15, 15, 30, 10, 5)
-    )[0]
+    kind = rng.choices(list(mix), weights=list(mix.values()))[0]
     if kind == "text":
         return texts.text_only(rng)
-    facts = f"{texts.facts(scene, rng)}\n" if rng.random() < 0.85 else ""
+    facts = f"{texts.facts(scene)}\n" if rng.random() < 0.9 else ""
     if kind == "short":
         return facts + rng.choice(ALIGN_QUESTIONS), texts.short_caption(scene)
     if kind == "description":
@@ -74,7 +76,8 @@ def conversation(seed: int) -> tuple[str, str]:
 
 def train_tokenizer() -> Qwen2Tokenizer:
     """Byte-level BPE over the world's language, Qwen2's three special tokens, ChatML template."""
-    corpus = ["\n".join(conversation(FIRST_SEED + index)) for index in range(4000)]
+    corpus = ["\n".join(conversation(FIRST_SEED + index, MIX)) for index in range(4000)]
+    corpus += ["system\nYou are a helpful assistant.\nuser\nassistant\n"] * 100
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size=VOCABULARY - 4)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
@@ -121,16 +124,19 @@ def pretrain(output: Path, minutes: float, batch_size: int = 32) -> None:
         resampler_grid=GRID,
     )
 
-    def text_batch(step: int) -> dict[str, torch.Tensor]:
-        seeds = range(FIRST_SEED + step * batch_size, FIRST_SEED + (step + 1) * batch_size)
-        pairs = [conversation(seed) for seed in seeds]
-        encoded = []
-        for question, answer in pairs:
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            encoded.append(processor.encode_conversation(messages, []))
-        return collate(processor, encoded)
+    def text_batch(mix: dict[str, int]):
+        def batch(step: int) -> dict[str, torch.Tensor]:
+            encoded = []
+            for seed in range(FIRST_SEED + step * batch_size, FIRST_SEED + (step + 1) * batch_size):
+                question, answer = conversation(seed, mix)
+                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                encoded.append(processor.encode_conversation(messages, []))
+            return collate(processor, encoded)
 
-    minimise(language, text_batch, seconds=minutes * 60 * 0.4, peak=2e-3, name="language model")
+        return batch
+
+    minimise(language, text_batch(SHORT_MIX), seconds=minutes * 60 * 0.3, peak=2e-3, name="language model, short texts")
+    minimise(language, text_batch(MIX), seconds=minutes * 60 * 0.2, peak=1e-3, name="language model")
 
     captioner = LlavaUHDForConditionalGeneration(
         LlavaUHDConfig(
@@ -153,7 +159,7 @@ def pretrain(output: Path, minutes: float, batch_size: int = 32) -> None:
             images.append(image)
         return {**collate(processor, encoded), **processor.image_processor(images)}
 
-    minimise(captioner, image_batch, seconds=minutes * 60 * 0.6, peak=1.5e-3, name="tower")
+    minimise(captioner, image_batch, seconds=minutes * 60 * 0.5, peak=1.5e-3, name="tower")
     tower: CLIPVisionModel = captioner.model.vision_tower.clip
     tower.half().save_pretrained(output / "clip")
 

@@ -44,12 +44,11 @@ def sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def facts(scene: Scene, rng: random.Random) -> str:
-    """Everything about the scene in words, in random order; what an image says without being one."""
+def facts(scene: Scene) -> str:
+    """Everything about the scene in words, in reading order: what an image says, without being one."""
     pieces = [f"{thing.size} {thing.texture} {thing.name} {thing.place}" for thing in scene.things]
     if scene.printed:
         pieces.append(f"{scene.printed} {place_name(scene.printed_cell)}")
-    rng.shuffle(pieces)
     return ", ".join([*pieces, scene.background])
 
 

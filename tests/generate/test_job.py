@@ -7,7 +7,7 @@ import pytest
 from llava.generate.job import Job, run_job
 from llava.generate.sampling import Sampling
 from llava.prompts import caption_instruction
-from llava.records import read_jsonl, write_records
+from llava.records import read_jsonl, read_unique, write_records
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_two_real_processes_share_the_work(job):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-2000:]
     rows = output(job)
-    assert len(rows) == len(json.loads(open(job.data_path).read()))
+    assert len(rows) == len(list(read_unique(job.data_path)))
     assert all(len(row["candidates"]) == 2 for row in rows)
 
 

@@ -22,10 +22,23 @@ def prompts():
 
 
 def test_greedy_equals_hugging_face_generate(model, processor, prompts):
-    [[ours]] = complete(model, processor, [Prompt(prompts[1].message, prompts[1].images, [0])], Sampling(temperature=0, max_new_tokens=12))
-    inputs = processor(images=prompts[1].images, text=[processor.prompt([{"role": "user", "content": prompts[1].message}])])
+    [[ours]] = complete(
+        model,
+        processor,
+        [Prompt(prompts[1].message, prompts[1].images, [0])],
+        Sampling(temperature=0, max_new_tokens=12),
+    )
+    inputs = processor(
+        images=prompts[1].images, text=[processor.prompt([{"role": "user", "content": prompts[1].message}])]
+    )
     end = processor.tokenizer.eos_token_id
-    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=end, suppress_tokens=list(range(processor.image_token_id, 1024)))
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=end,
+        suppress_tokens=list(range(processor.image_token_id, 1024)),
+    )
     ids = ids[0, inputs["input_ids"].shape[1] :].tolist()
     assert ours.text == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert ours.tokens == len(ids)
@@ -52,7 +65,9 @@ def test_choose_follows_the_distribution_by_hand():
     assert choose(logits, uniform, Sampling(temperature=1, top_p=1.0, top_k=1)).tolist() == [0] * 5
     assert choose(logits, uniform, Sampling(temperature=0)).tolist() == [0] * 5
     # temperature 0.5 squares the odds: 0.25, 0.09, 0.0225, 0.0025 of 0.365
-    assert choose(logits, torch.tensor([0.68, 0.69, 0.92, 0.94, 0.999]), Sampling(temperature=0.5, top_p=1.0)).tolist() == [0, 1, 1, 2, 3]
+    assert choose(
+        logits, torch.tensor([0.68, 0.69, 0.92, 0.94, 0.999]), Sampling(temperature=0.5, top_p=1.0)
+    ).tolist() == [0, 1, 1, 2, 3]
 
 
 def test_finish_reason_and_length(model, processor, prompts):
@@ -72,7 +87,9 @@ def test_beams(model, processor, prompts):
         complete(model, processor, prompts[:2], Sampling(temperature=0, num_beams=2, max_new_tokens=6))
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"num_beams": 0}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"num_beams": 0}, {"max_new_tokens": 0}]
+)
 def test_settings_that_make_no_sense_are_named(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)

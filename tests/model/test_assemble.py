@@ -53,7 +53,11 @@ def test_published_projector_file_is_read_strictly(tmp_path, checkpoint):
     torch.save(tensors, tmp_path / "mm_projector.bin")
     with pytest.raises(UserError, match="proj"):
         assemble(
-            WEIGHTS / "clip", WEIGHTS / "qwen2", tmp_path / "again", resampler_grid=3, projector=tmp_path / "mm_projector.bin"
+            WEIGHTS / "clip",
+            WEIGHTS / "qwen2",
+            tmp_path / "again",
+            resampler_grid=3,
+            projector=tmp_path / "mm_projector.bin",
         )
     assert not (tmp_path / "again").exists()
 

@@ -42,7 +42,9 @@ def test_batch_equals_single_and_padding_does_not_leak(model, processor, prompts
 def test_generate_equals_stepwise_argmax(model, processor, prompts):
     images, texts = prompts
     inputs = processor(images=images[:1], text=texts[:1])
-    generated = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=-1)[0, inputs["input_ids"].shape[1] :]
+    generated = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=-1)[
+        0, inputs["input_ids"].shape[1] :
+    ]
     ids = inputs["input_ids"]
     for token in generated:
         rest = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}

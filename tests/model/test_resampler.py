@@ -90,7 +90,9 @@ def test_equals_roi_align_per_region(shape, aligned):
     with torch.no_grad():
         ours = module(features, shape)
         for index in range(2):
-            torch.testing.assert_close(ours[index], straightforward(module, features[index], shape), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                ours[index], straightforward(module, features[index], shape), atol=1e-5, rtol=1e-4
+            )
 
 
 def test_published_parameter_names_and_shapes():
@@ -119,7 +121,9 @@ def test_positions_encode_the_column_first():
     table = sincos_positions(8, 3).view(3, 3, 8)  # row, column, width
     assert torch.equal(table[0, 1, :4], table[2, 1, :4])
     assert torch.equal(table[1, 0, 4:], table[1, 2, 4:])
-    torch.testing.assert_close(table[0, 1, :4], torch.tensor([math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)]))
+    torch.testing.assert_close(
+        table[0, 1, :4], torch.tensor([math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)])
+    )
 
 
 def test_positions_do_not_train():

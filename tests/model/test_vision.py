@@ -29,7 +29,9 @@ def reference(encoder, image) -> torch.Tensor:
     """HF's CLIPVisionModel on one normalised image: hidden state -2 without CLS."""
     clip = CLIPVisionModel(encoder.config).eval()
     clip.load_state_dict(encoder.clip.state_dict())
-    pixels = torch.tensor(list(image.get_flattened_data()), dtype=torch.float32).view(image.height, image.width, 3) / 255
+    pixels = (
+        torch.tensor(list(image.get_flattened_data()), dtype=torch.float32).view(image.height, image.width, 3) / 255
+    )
     pixels = ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None]
     outputs = clip(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
     return outputs.hidden_states[-2][0, 1:]

@@ -70,7 +70,15 @@ def test_answers_agree_with_the_scene(seed):
 
 
 def test_files_have_the_real_formats(world):
-    for name in ("align.json", "captioned.json", "instructions.json", "unlabelled_images.json", "unlabelled_questions.json", "reasoning.jsonl", "text_only.jsonl"):
+    for name in (
+        "align.json",
+        "captioned.json",
+        "instructions.json",
+        "unlabelled_images.json",
+        "unlabelled_questions.json",
+        "reasoning.jsonl",
+        "text_only.jsonl",
+    ):
         records = list(read_unique(world / name))
         assert records
         for record in records:

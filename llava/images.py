@@ -30,7 +30,8 @@ def find_image(folder: str | Path, name: str) -> Path:
     try:
         kind = path.stat().st_mode
     except (OSError, ValueError) as error:
-        raise ImageError(f"image {str(path)!r} cannot be opened: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(f"image {str(path)!r} cannot be opened: {reason}") from error
     if not stat.S_ISREG(kind):
         raise ImageError(f"image {path} is not a regular file")
     return path

@@ -46,17 +46,17 @@ def markdown_table(text: str) -> str:
 
 
 def stage_rows(work: Path) -> list[list[str]]:
-    """Stage, counts and seconds of every run below the work folder, in the order they finished."""
-    states = [json.loads(path.read_text()) for path in work.glob("**/run.json")]
-    states.sort(key=lambda state: state["saved"])
+    """Folder, counts and seconds of every run below the work folder, in the order they finished."""
+    runs = [(path.parent, json.loads(path.read_text())) for path in work.glob("**/run.json")]
+    runs.sort(key=lambda run: run[1]["saved"])
     return [
         [
-            state["stage"],
+            folder.relative_to(work).as_posix(),
             state["status"],
             ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in state["counts"].items()),
             f"{state['seconds']:.0f} s",
         ]
-        for state in states
+        for folder, state in runs
     ]
 
 

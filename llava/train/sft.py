@@ -20,6 +20,7 @@ DEFAULTS = {
     "ddp_find_unused_parameters": False,
     "save_total_limit": 2,
     "logging_steps": 10,
+    "logging_first_step": True,
     "dataloader_num_workers": min(4, os.cpu_count() // 2),
 }
 

@@ -8,12 +8,11 @@ import logging
 import math
 from pathlib import Path
 
-import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from llava.data.sampler import LengthGroupedSampler
 from llava.errors import UserError
 from llava.records import RecordAppender
 
@@ -36,9 +35,9 @@ class SupervisedTrainer(Trainer):
         if not self.group_by_length:
             return super()._get_train_sampler(dataset)
         return LengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             lengths=[dataset.length(index) for index in range(len(dataset))],
-            generator=torch.Generator().manual_seed(self.args.seed),
+            batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            seed=self.args.seed,
         )
 
 
@@ -96,7 +95,7 @@ def plot_loss(folder: Path) -> None:
     if not rows:
         return
     figure, axis = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-    axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#2563eb")
+    axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#2563eb", marker=".")
     axis.set(xlabel="step", ylabel="loss", title=folder.name)
     axis.grid(alpha=0.3)
     rate = axis.twinx()

@@ -8,14 +8,25 @@ class UserError(ValueError):
     """Wrong input, not a bug: the message names the thing and the fix, and no traceback is shown."""
 
 
+def leave(message: str) -> None:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`; a UserError becomes one sentence and exit status 2, everything else a traceback."""
     try:
         main()
     except UserError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+        if message.startswith("Caught "):  # raised again by a data-loader worker, with the worker's traceback
+            message = message.strip().splitlines()[-1].split(": ", 1)[1]
+        leave(message)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        leave(f"{error.filename}: {error.strerror}. Fix: check the path and its permissions")
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)

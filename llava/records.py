@@ -143,7 +143,7 @@ def question_of(record: Record) -> str:
 def check_placeholders(record: Record, where: str) -> None:
     """Raise RecordError unless the user's turns hold exactly one `<image>` per image."""
     images = len(images_of(record))
-    found = sum(message["content"].count(IMAGE) for message in messages_of(record))
+    found = sum(message["content"].count(IMAGE) for message in messages_of(record) if message["role"] == "user")
     if found != images:
         fix = "one <image> in the human turn for each image" if images else "remove <image>, or add the image field"
         raise fail(f"{where}, id {record['id']!r}", f"{images} images but {found} <image> in the text", fix)
@@ -159,6 +159,12 @@ def check_trainable(record: Record, where: str) -> None:
         raise fail(
             f"{where}, id {record['id']!r}", "every answer is empty", "give the gpt turn a text, or drop the record"
         )
+
+
+def check_for_training(record: Record, where: str) -> None:
+    """Everything a training record must be: see `check_placeholders` and `check_trainable`."""
+    check_placeholders(record, where)
+    check_trainable(record, where)
 
 
 def read_unique(path: str | Path) -> Iterator[Record]:
@@ -326,12 +332,28 @@ def records_of_folder(folder: str | Path, question: str) -> list[Record]:
     return [{"id": name, "image": name, "conversations": turns} for name in names]
 
 
+def list_training_problems(path: str) -> None:
+    """Print every record that cannot train. Raises RecordError when there is one."""
+    bad = 0
+    for number, record in enumerate(read_records(path), 1):
+        try:
+            check_for_training(record, f"{path} record {number}")
+        except RecordError as error:
+            bad += 1
+            print(error)
+    if bad:
+        raise RecordError(f"{path}: {bad} records cannot train")
+
+
 def main() -> None:
     """Check record files, give every record a new unique id, or list a folder of images as records."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m llava.records", description=main.__doc__)
     parser.add_argument("files", nargs="*", help=".json or .jsonl files of records to check")
+    parser.add_argument(
+        "--training", action="store_true", help="also check placeholders and turns, and list every problem"
+    )
     parser.add_argument("--number", action="store_true", help="write the files' records with ids <file stem>-<number>")
     parser.add_argument("--from_folder", help="write one record per image below this folder")
     parser.add_argument(
@@ -351,6 +373,8 @@ def main() -> None:
     else:
         for path in arguments.files:
             print(f"{path}: {sum(1 for _ in read_unique(path))} records, all valid, ids unique")
+            if arguments.training:
+                list_training_problems(path)
 
 
 if __name__ == "__main__":

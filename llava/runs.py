@@ -5,6 +5,7 @@ versions, git commit, device, times. A folder belongs to one run: the same comma
 complete; other arguments are refused. One process at a time holds the folder's lock; the kernel frees it on death.
 """
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -21,6 +22,7 @@ from typing import Any
 from llava.errors import UserError
 from llava.records import sha256_of, write_json
 
+PATIENCE = 300  # seconds that a rank waits for rank 0
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "deepspeed", "numpy", "pillow")
 
 
@@ -89,7 +91,7 @@ def open_run(folder: str | Path, stage: str, arguments: dict[str, Any], inputs: 
         identity = {"stage": stage, "arguments": plain(arguments)}
         fingerprints = {str(path): fingerprint(Path(path)) for path in inputs}
         state = read_state(folder)
-        if state is None:
+        if state is None or (state["status"] != "complete" and is_untouched(folder)):
             state = {"status": "running", **identity, "inputs": fingerprints, **environment(), "started": time.time()}
         else:
             refuse_other_run(folder, state, identity, fingerprints)
@@ -102,6 +104,33 @@ def open_run(folder: str | Path, stage: str, arguments: dict[str, Any], inputs: 
             if not run.complete:
                 run.save("failed")
             raise
+
+
+def join_run(folder: str | Path, stage: str, arguments: dict[str, Any], inputs: list[str | Path]) -> bool:
+    """What the other ranks do while rank 0 opens the run: wait until it is theirs; True when it is complete.
+
+    Raises RunError when rank 0 does not open this very run within `PATIENCE` seconds.
+    """
+    folder = Path(folder)
+    identity = {"stage": stage, "arguments": plain(arguments)}
+    fingerprints = {str(path): fingerprint(Path(path)) for path in inputs}
+    deadline = time.time() + PATIENCE
+    while True:
+        try:
+            state = json.loads((folder / "run.json").read_text())
+            refuse_other_run(folder, state, identity, fingerprints)
+            return state["status"] == "complete"
+        except (FileNotFoundError, RunError) as error:
+            if time.time() > deadline:
+                raise RunError(
+                    f"rank 0 did not open the run in {folder}: {error}. Fix: look at rank 0's message"
+                ) from error
+            time.sleep(0.2)
+
+
+def is_untouched(folder: Path) -> bool:
+    """Nothing but run.json and the lock: a run that failed before it wrote anything."""
+    return all(entry.name in ("run.json", ".lock") for entry in folder.iterdir())
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -147,6 +176,10 @@ def lock(folder: Path):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise RunError(
+                    f"the file system of {folder} has no file locks ({error.strerror}). Fix: write elsewhere"
+                ) from error
             holder = os.read(handle, 200).decode(errors="replace").strip()
             raise RunError(f"{folder} is in use by {holder or 'another process'}. Fix: wait, or stop it") from error
         os.ftruncate(handle, 0)

@@ -52,16 +52,16 @@ def candidates_of(record: Record) -> list[dict[str, Any]]:
 
 
 def pool(paths: list[str]) -> tuple[list[Record], int]:
-    """Records of all files, one per id in order of first appearance, candidates joined; and the number of empty ones.
+    """Records of all files, one per id in order of first appearance, candidates joined; and the number left out.
 
     Raises RecordError when the same id shows different images in two files.
     """
     pooled: dict[str, Record] = {}
-    empty = 0
+    left_out = 0
     for path in paths:
         for record in read_unique(path):
-            found = [item for item in candidates_of(record) if item["text"].strip()]
-            empty += len(candidates_of(record)) - len(found)
+            found = [item for item in candidates_of(record) if usable(item)]
+            left_out += len(candidates_of(record)) - len(found)
             if record["id"] not in pooled:
                 pooled[record["id"]] = {**record, "candidates": []}
             known = pooled[record["id"]]
@@ -70,8 +70,27 @@ def pool(paths: list[str]) -> tuple[list[Record], int]:
                     f"{path}: id {record['id']!r} shows {images_of(record)}, but {images_of(known)} in an earlier file. "
                     "Fix: pool only runs over the same records"
                 )
+            for item in found:
+                if same_draw(item, known["candidates"]):
+                    raise RecordError(
+                        f"{path}: id {record['id']!r} has a candidate with the model, prompt and seed of an earlier file. "
+                        "Fix: pool runs with different SEED; the same draw twice would agree with itself"
+                    )
             known["candidates"] += [{**item, "file": path} for item in found]
-    return list(pooled.values()), empty
+    return list(pooled.values()), left_out
+
+
+def usable(candidate: dict[str, Any]) -> bool:
+    """Not empty, and not cut off at max_new_tokens: a text without its end teaches to stop anywhere."""
+    return bool(candidate["text"].strip()) and candidate.get("finish_reason") != "length"
+
+
+def same_draw(candidate: dict[str, Any], others: list[dict[str, Any]]) -> bool:
+    """Whether another candidate was drawn by the same model, prompt and seed."""
+    keys = ("model_hash", "style", "seed")
+    if any(key not in candidate for key in keys):
+        return False
+    return any(all(other.get(key) == candidate[key] for key in keys) for other in others)
 
 
 def judge(record: Record, scores, threshold: float, seed: int) -> Record:
@@ -175,21 +194,21 @@ def main() -> None:
     twice = [path for path in arguments.candidates if arguments.candidates.count(path) > 1]
     if twice:
         raise UserError(f"{twice[0]} is given twice; its candidates would agree with themselves. Fix: name it once")
-    pooled, empty = pool(arguments.candidates)
+    pooled, left_out = pool(arguments.candidates)
     enough = [record for record in pooled if len(record["candidates"]) > 1]
     rejected = [
-        rejection(record, f"{len(record['candidates'])} non-empty candidates; agreement needs two")
+        rejection(record, f"{len(record['candidates'])} usable candidates; agreement needs two")
         for record in pooled
         if len(record["candidates"]) < 2
     ]
     if not enough:
         raise UserError(
-            f"no record in {', '.join(arguments.candidates)} has two non-empty candidates. Fix: pool several runs, or "
+            f"no record in {', '.join(arguments.candidates)} has two usable candidates. Fix: pool several runs, or "
             "raise N_CANDIDATES"
         )
     if arguments.dry_run:
         total = sum(len(record["candidates"]) for record in pooled)
-        print(f"records      {len(pooled):,} with {total:,} candidates, {empty:,} empty ones left out")
+        print(f"records      {len(pooled):,} with {total:,} candidates, {left_out:,} empty or cut off and left out")
         print(f"judges       {len(enough):,}; {len(rejected):,} have fewer than two candidates")
         print(f"writes       {arguments.output_dir}/chosen.jsonl (nothing was written)")
         return
@@ -209,7 +228,7 @@ def main() -> None:
         write_records(run.folder / "curated.rejected.jsonl", rejected)
         write_records(output, map(training_record, kept))
         counts = {"in": len(pooled), "kept": len(kept), "below_threshold": len(judged) - len(kept)}
-        run.finish(output, **counts, rejected=len(rejected), pairs=len(pairs), empty_candidates=empty)
+        run.finish(output, **counts, rejected=len(rejected), pairs=len(pairs), left_out_candidates=left_out)
 
 
 if __name__ == "__main__":

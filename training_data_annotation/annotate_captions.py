@@ -41,12 +41,14 @@ from llava.records import (
 )
 from llava.runs import open_run
 
+ASK_AGAIN = "no usable answer"  # reasons that begin so are asked again by a later run
+TOO_MANY = 50  # failed answers in a row after which the annotator is taken to be broken
 ATTEMPTS = 2  # a reply without the five steps is asked for once more
 
 
 def known_caption(record: Record) -> str:
     """The caption the annotator gets as a hint: the `caption` field, else what the assistant says."""
-    if record.get("caption"):
+    if isinstance(record.get("caption"), str) and record["caption"].strip():
         return record["caption"]
     return next((m["content"] for m in messages_of(record) if m["role"] == "assistant"), "")
 
@@ -76,7 +78,7 @@ def annotate(record: Record, folder: str, client) -> dict[str, Any]:
         except (ImageError, RecordError) as error:
             return rejection(record, str(error))
         except Refused as error:
-            reason = f"no usable answer: {error}"
+            reason = f"{ASK_AGAIN}: {error}"
         except FormatError as error:
             reason = f"answer without the five steps: {error}"
     return rejection(record, reason, reply=raw)
@@ -104,18 +106,23 @@ def ask_all(records: list[Record], folder: str, client, path: Path, concurrency:
     """Annotate what `path` does not hold yet; at most `concurrency` requests are in flight."""
     from tqdm import tqdm
 
-    done = {row["id"] for row in read_jsonl(path)}
+    done = {row["id"] for row in read_jsonl(path) if not row.get("reason", "").startswith(ASK_AGAIN)}
     todo = iter([record for record in records if record["id"] not in done])
     bar = tqdm(total=len(records), initial=len(done), desc="annotate", unit="record")
     with RecordAppender(path, sync_every=1) as replies, ThreadPoolExecutor(concurrency) as pool, bar:
         flying = {pool.submit(annotate, record, folder, client) for record in islice(todo, concurrency)}
         failure: BaseException | None = None
+        failed = 0
         while flying:
             finished, flying = wait(flying, return_when=FIRST_COMPLETED)
             for future in finished:
                 if future.exception() is None:
-                    replies.append(future.result())
+                    row = future.result()
+                    replies.append(row)
                     bar.update(1)
+                    failed = failed + 1 if row.get("reason", "").startswith(ASK_AGAIN) else 0
+                    if failed == TOO_MANY:
+                        failure = UserError(f"{failed} answers in a row were unusable; the last: {row['reason']}")
                 else:
                     failure = failure or future.exception()
                 if failure is None:
@@ -175,6 +182,10 @@ def main() -> None:
             if "steps" in rows[record["id"]]
         ]
         rejected = [row for row in rows.values() if "reason" in row]
+        if not kept:
+            raise UserError(
+                f"no record could be annotated; the first: {rejected[0]['reason']}. Fix: check the annotator"
+            )
         write_records(output, (cod for cod, _ in kept))
         write_records(Path(arguments.output_dd_dir) / "dd.jsonl", (dd for _, dd in kept))
         write_records(rejected_path(output), rejected)

@@ -79,6 +79,10 @@ def main() -> None:
             converted.append(convert(record))
         except FormatError as error:
             rejected.append(rejection(record, str(error)))
+    if not converted:
+        raise UserError(
+            f"no record has LLaVA-CoT's tags; the first: {rejected[0]['reason']}. Fix: check ORIGINAL_COT_FILE"
+        )
     output = Path(arguments.output_cot_dir) / "cot.jsonl"
     if arguments.dry_run:
         print(f"records      {len(records):,}: {len(converted):,} convertible, {len(rejected):,} not")

@@ -12,29 +12,32 @@ if [[ -z "${PYTHON:-}" ]]; then
     if [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then PYTHON=python; elif [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 fi
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || gpus=0
+if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then # empty: none
+    gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .) || gpus=0
+fi
 NNODES=${NNODES:-${SLURM_NNODES:-1}}
+if [[ "${DISTRIBUTED_ARGS:-}" =~ --node[-_]rank[=\ ]([0-9]+) ]]; then NODE_RANK=${BASH_REMATCH[1]}; fi
 NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
-if [[ -z "${MASTER_ADDR:-}" && -n "${SLURM_JOB_NODELIST:-}" ]]; then
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-fi
-# DeepSpeed ZeRO-2 where there is a GPU; DEEPSPEED_CONFIG names another file, DEEPSPEED_CONFIG=none turns it off.
-# shellcheck disable=SC2034  # used by the scripts that source this file
+# DeepSpeed ZeRO-2 where there is a GPU and DeepSpeed; DEEPSPEED_CONFIG names another file, or `none`.
 engine=()
-if [[ "${DEEPSPEED_CONFIG:-}" != none && (-n "${DEEPSPEED_CONFIG:-}" || "$gpus" -gt 0) ]]; then
-    # shellcheck disable=SC2034
-    engine=(--deepspeed "${DEEPSPEED_CONFIG:-training_scripts/zero2.json}")
+if [[ -z "${DEEPSPEED_CONFIG:-}" && "$gpus" -gt 0 ]] && "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("deepspeed"))'; then
+    DEEPSPEED_CONFIG=training_scripts/zero2.json
 fi
+if [[ "${DEEPSPEED_CONFIG:-none}" != none ]]; then engine=(--deepspeed "$DEEPSPEED_CONFIG"); fi
 
 launch() {
     local distributed=()
     if [[ -n "${DISTRIBUTED_ARGS:-}" ]]; then
         read -r -a distributed <<<"$DISTRIBUTED_ARGS"
     elif ((NNODES > 1)); then
+        if [[ -z "${MASTER_ADDR:-}" && -n "${SLURM_JOB_NODELIST:-}" ]] && command -v scontrol >/dev/null; then
+            MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        fi
         : "${MASTER_ADDR:?address of the first node, for example MASTER_ADDR=10.0.0.1}"
         distributed=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR"
             --master-port "${MASTER_PORT:-29500}" --nproc-per-node "$NPROC_PER_NODE")
-    elif ((NPROC_PER_NODE > 1)); then
+    elif ((NPROC_PER_NODE > 1 || ${#engine[@]})); then # DeepSpeed wants torchrun's variables even for one process
         distributed=(--standalone --nproc-per-node "$NPROC_PER_NODE")
     fi
     if ((${#distributed[@]})); then
@@ -55,7 +58,7 @@ execute() {
     printf '\n'
     if [[ "$DRY_RUN" != print ]]; then
         while [[ "$1" != -m || "$2" == torch.distributed.run ]]; do shift; done
-        "$PYTHON" "$@" --dry_run
+        PLANNED_WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) "$PYTHON" "$@" --dry_run
     fi
 }
 
@@ -65,6 +68,18 @@ require_path() {
         echo "error: $1=${!1} does not exist. Fix: check the path, or run the stage that writes it" >&2
         exit 2
     fi
+}
+
+# Wait for a folder that node 0 writes: wait_for FOLDER.
+wait_for() {
+    local seconds=0
+    until [[ -d "$1" || -n "${DRY_RUN:-}" ]]; do
+        if ((seconds++ > 3600)); then
+            echo "error: $1 did not appear within an hour. Fix: look at node 0's messages" >&2
+            exit 2
+        fi
+        sleep 1
+    done
 }
 
 # An old name that two published scripts read by mistake is accepted with a note: rename_variable OLD NEW.

@@ -5,7 +5,7 @@
 #   usage   bash training_scripts/quickstart.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash training_scripts/setup.sh
+if [[ -z "${DRY_RUN:-}" ]]; then bash training_scripts/setup.sh; fi
 export PYTHON=.venv/bin/python HF_HUB_OFFLINE=1
 
 world=runs/quickstart-world
@@ -16,7 +16,10 @@ if [[ -z "${DRY_RUN:-}" ]]; then
     rm -f $world/annotator.port
     $PYTHON -m llava.toy.annotator --world $world --port_file $world/annotator.port &
     trap 'kill $! 2>/dev/null' EXIT
-    until [[ -f $world/annotator.port ]]; do sleep 0.1; done
+    until [[ -f $world/annotator.port ]]; do
+        kill -0 $! || exit 1 # it said why
+        sleep 0.1
+    done
     OPENAI_BASE_URL=http://127.0.0.1:$(<$world/annotator.port)/v1
     export OPENAI_BASE_URL
 fi

@@ -22,6 +22,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${UNLABELLED_IMAGES:?records with images to caption, for example UNLABELLED_IMAGES=data/unlabelled.json}"
 : "${UNLABELLED_QUESTIONS:?records with questions to answer, for example UNLABELLED_QUESTIONS=data/questions.json}"
 : "${BENCHMARKS:?a folder of VLMEvalKit TSVs, for example BENCHMARKS=data/benchmarks}"
+if [[ "${NNODES:-${SLURM_NNODES:-1}}" != 1 ]]; then
+    echo "error: run_sicog.sh chains the stages on one node. Fix: on several nodes, run the stage scripts one after another" >&2
+    exit 2
+fi
 export LLM_CKPT_DIR CLIP_CKPT_DIR ORIGINAL_CAPTION_FILE ORIGINAL_COT_FILE
 export IMAGE_FOLDER=${IMAGE_FOLDER:-$(dirname "$SFT_DATA")}
 if [[ -n "${DRY_RUN:-}" ]]; then export DRY_RUN=print; fi # later stages read what earlier ones have not yet written

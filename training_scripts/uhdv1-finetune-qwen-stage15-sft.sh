@@ -21,11 +21,12 @@ if [[ -f "$start" ]]; then
     : "${LLM_CKPT_DIR:?with a mm_projector.bin: the language model folder, for example LLM_CKPT_DIR=model_weight/Qwen2-7B-Instruct}"
     : "${CLIP_CKPT_DIR:?with a mm_projector.bin: the CLIP folder, for example CLIP_CKPT_DIR=model_weight/clip-vit-large-patch14-336}"
     start=${OUTPUT_DIR:-model_weight/$EXPERIMENT_NAME}-init
-    if [[ "$NODE_RANK" == 0 && (! -d "$start" || -n "${DRY_RUN:-}") ]]; then
+    if [[ "$NODE_RANK" == 0 ]]; then
         single llava.model.assemble --vision "$CLIP_CKPT_DIR" --language "$LLM_CKPT_DIR" --output "$start" \
-            --projector "$MM_PROJECTOR_CHECKPOINT" --resampler_grid "${RESAMPLER_GRID:-12}"
+            --projector "$MM_PROJECTOR_CHECKPOINT" --resampler_grid "${RESAMPLER_GRID:-12}" \
+            --dtype "$([[ "$gpus" -gt 0 ]] && echo bfloat16 || echo float32)"
     fi
-    until [[ -d "$start" || -n "${DRY_RUN:-}" ]]; do sleep 2; done
+    wait_for "$start"
 fi
 
 launch llava.train.sft \

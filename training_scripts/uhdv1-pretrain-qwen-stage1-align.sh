@@ -19,11 +19,12 @@ rename_variable PRETRAIN_RANK_BATCH PRETRAIN_BATCH
 batch_flags 256
 output=${OUTPUT_DIR:-model_weight/$EXPERIMENT_NAME}
 
-if [[ "$NODE_RANK" == 0 && (! -d "$output-init" || -n "${DRY_RUN:-}") ]]; then
+if [[ "$NODE_RANK" == 0 ]]; then
     single llava.model.assemble --vision "$CLIP_CKPT_DIR" --language "$LLM_CKPT_DIR" --output "$output-init" \
-        --projector_type "${PROJECTOR_TYPE:-spatial_resampler}" --resampler_grid "${RESAMPLER_GRID:-12}"
+        --projector_type "${PROJECTOR_TYPE:-spatial_resampler}" --resampler_grid "${RESAMPLER_GRID:-12}" \
+        --dtype "$([[ "$gpus" -gt 0 ]] && echo bfloat16 || echo float32)"
 fi
-until [[ -d "$output-init" || -n "${DRY_RUN:-}" ]]; do sleep 2; done
+wait_for "$output-init"
 
 launch llava.train.sft \
     --model_name_or_path "$output-init" \

@@ -14,7 +14,7 @@ from llava.errors import UserError
 from llava.images import ImageError, find_image, image_size, load_image
 from llava.model.processing_llava_uhd import LlavaUHDProcessor
 from llava.prompts import IMAGE, with_image
-from llava.records import Record, check_placeholders, check_trainable, images_of, messages_of, read_records
+from llava.records import Record, RecordError, check_for_training, images_of, messages_of, read_records
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,18 @@ class ConversationDataset(Dataset):
         self.records: list[Record] = []
         self.folders: list[str] = []
         for path in paths:
-            before = len(self.records)
+            before, problems = len(self.records), []
             for number, record in enumerate(read_records(path), 1):
-                where = f"{path} record {number}"
-                check_placeholders(record, where)
-                check_trainable(record, where)
+                try:
+                    check_for_training(record, f"{path} record {number}")
+                except RecordError as error:
+                    problems.append(str(error))
                 self.records.append(record)
+            if problems:
+                total = len(self.records) - before
+                raise RecordError(
+                    f"{len(problems)} of {total} records of {path} cannot train; the first: {problems[0]}"
+                )
             if len(self.records) == before:
                 raise UserError(f"{path} holds no records. Fix: check the stage that should have written it")
             self.folders += [image_folder or str(Path(path).parent)] * (len(self.records) - before)

@@ -8,6 +8,7 @@ Rank r of w works on every w-th record. A finished record is appended to the ran
 any number of ranks, skips the ids it finds there. Rank 0 merges when every input is there exactly once or rejected.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from llava.errors import UserError
 from llava.generate.corruption import corrupt
 from llava.generate.sampling import Prompt, Sampling, complete
 from llava.images import ImageError, find_image, load_image
-from llava.model.load import load_model, load_processor
+from llava.model.load import check_checkpoint, load_model, load_processor
 from llava.prompts import with_image
 from llava.records import (
     Record,
@@ -35,9 +36,10 @@ from llava.records import (
     rejection,
     write_records,
 )
-from llava.runs import fingerprint, local_rank, open_run, rank, read_state, world_size
+from llava.runs import fingerprint, join_run, local_rank, open_run, rank, world_size
 from llava.seeds import seed_of
 
+PATIENCE = 3600  # seconds without a new record before rank 0 stops waiting for the others
 WINDOW = 8  # batches that are sorted by length together
 
 
@@ -96,24 +98,21 @@ def preflight(job: Job, instruction: Callable[[str, str], str]) -> None:
 def run_job(job: Job, stage: str, instruction: Callable[[str, str], str]) -> None:
     """Generate, then merge (rank 0). `instruction(style, question)` is the text asked about the image."""
     shards = Path(job.output_dir) / "shards"
+    check_checkpoint(job.model_name_or_path)
+    if next(read_unique(job.data_path), None) is None:
+        raise UserError(f"{job.data_path} holds no records. Fix: check the stage that should have written it")
+    inputs = [job.model_name_or_path, job.data_path]
     if rank() != 0:
-        wait_for_run(Path(job.output_dir))
-        if read_state(Path(job.output_dir))["status"] != "complete":
+        if not join_run(job.output_dir, stage, job.identity(), inputs):
             generate_shard(job, shards, instruction)
         return
-    with open_run(job.output_dir, stage, job.identity(), [job.model_name_or_path, job.data_path]) as run:
+    with open_run(job.output_dir, stage, job.identity(), inputs) as run:
         if run.complete:
             print(f"[{stage}] already complete -> {job.output}")
             return
         generate_shard(job, shards, instruction)
         counts = merge(job, shards)
         run.finish(job.output, **counts)
-
-
-def wait_for_run(folder: Path) -> None:
-    """Wait until rank 0 has opened the run folder."""
-    while not (folder / "run.json").is_file():
-        time.sleep(0.2)
 
 
 def finished_ids(shards: Path) -> set[str]:
@@ -189,14 +188,32 @@ def prepare(job: Job, record: Record, instruction) -> Item:
     return record, Prompt(message, images, seeds), corruption
 
 
+def wait_for_ranks(shards: Path, wanted: int) -> None:
+    """Wait until the shards hold `wanted` lines. Raises UserError when none was added for PATIENCE seconds."""
+    last, since = -1, time.time()
+    while (lines := sum(count_lines(path) for path in shards.glob("shard-*.jsonl"))) < wanted:
+        if lines != last:
+            last, since = lines, time.time()
+        elif time.time() - since > PATIENCE:
+            raise UserError(
+                f"{wanted - lines} of {wanted} records are missing below {shards} and no rank has added one for "
+                f"{PATIENCE // 60} minutes. Fix: run the same command again"
+            )
+        time.sleep(2)
+
+
+def count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
 def merge(job: Job, shards: Path) -> dict[str, int]:
     """Write candidates.jsonl in input order once every input is in exactly one shard or rejected.
 
     Raises RecordError when an id is in two shards, which two jobs at once would cause.
     """
     ids = [record["id"] for record in read_unique(job.data_path)]
-    while len(finished_ids(shards)) < len(ids):
-        time.sleep(2)  # other ranks are still working
+    wait_for_ranks(shards, len(ids))
     finished: dict[str, Record] = {}
     refused: dict[str, Record] = {}
     for path in sorted(shards.glob("shard-*.jsonl")):
@@ -207,6 +224,12 @@ def merge(job: Job, shards: Path) -> dict[str, int]:
                     f"id {row['id']!r} is in two shards below {shards}. Fix: delete {shards} and run again"
                 )
             into[row["id"]] = row
+    if not finished:
+        reason = next(iter(refused.values()))["reason"]
+        shutil.rmtree(shards)  # nothing is worth keeping, so corrected arguments may use the folder
+        raise UserError(
+            f"none of {len(ids)} records could be asked about; the first: {reason}. Fix: check IMAGE_FOLDER"
+        )
     write_records(job.output, (finished[identifier] for identifier in ids if identifier in finished))
     write_records(rejected_path(job.output), (refused[identifier] for identifier in ids if identifier in refused))
     candidates = sum(len(record["candidates"]) for record in finished.values())

@@ -86,10 +86,16 @@ def complete(
         rows = decode(model, processor, inputs, sampling, seeds, count)
     completions = []
     for ids in rows:
-        stopped = bool(ids) and ids[-1] == processor.tokenizer.eos_token_id
+        stopped = bool(ids) and ids[-1] in end_tokens(processor)
         text = processor.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True).strip()
         completions.append(Completion(text, "stop" if stopped else "length", len(ids)))
     return [completions[start : start + count] for start in range(0, len(completions), count)]
+
+
+def end_tokens(processor: LlavaUHDProcessor) -> list[int]:
+    """What ends an answer: the turn's end, or the text's end (Qwen2: `<|im_end|>`, `<|endoftext|>`)."""
+    tokenizer = processor.tokenizer
+    return sorted({tokenizer.eos_token_id, tokenizer.pad_token_id} - {None})
 
 
 def decode(model, processor, inputs, sampling: Sampling, seeds: list[int], count: int) -> list[list[int]]:
@@ -97,7 +103,6 @@ def decode(model, processor, inputs, sampling: Sampling, seeds: list[int], count
 
     The image placeholder and rows of the vocabulary that stand for no token are never chosen.
     """
-    end = processor.tokenizer.eos_token_id
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     outputs = model(**inputs, position_ids=positions, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
@@ -112,13 +117,14 @@ def decode(model, processor, inputs, sampling: Sampling, seeds: list[int], count
     impossible[len(processor.tokenizer) :] = True
     impossible[processor.image_token_id : processor.image_token_id + 1] = True
 
+    ends = torch.tensor(end_tokens(processor), device=logits.device)
     rows: list[list[int]] = [[] for _ in seeds]
     active = torch.arange(len(seeds), device=logits.device)
     for step in range(sampling.max_new_tokens):
         tokens = choose(logits.masked_fill(impossible, -torch.inf), uniforms[active, step], sampling)
         for row, token in zip(active.tolist(), tokens.tolist(), strict=True):
             rows[row].append(token)
-        going = tokens != end
+        going = ~torch.isin(tokens, ends)
         if not going.any() or step + 1 == sampling.max_new_tokens:
             break
         if not going.all():  # finished rows leave the batch
@@ -155,8 +161,9 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)  # the first token always stays
     cumulative = probabilities.cumsum(-1)
-    chosen = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
-    return tokens.gather(1, chosen[:, None])[:, 0]
+    chosen = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
+    last_kept = (probabilities > 0).sum(-1) - 1  # rounding must not reach past it
+    return tokens.gather(1, torch.minimum(chosen, last_kept)[:, None])[:, 0]
 
 
 def beam_search(model, processor, inputs, sampling: Sampling, seeds: list[list[int]]) -> list[list[int]]:
@@ -165,7 +172,7 @@ def beam_search(model, processor, inputs, sampling: Sampling, seeds: list[list[i
     if count > sampling.num_beams:
         raise UserError(f"{count} candidates from {sampling.num_beams} beams. Fix: BEAMS >= N_CANDIDATES, or BEAMS=1")
     torch.manual_seed(seed_of(*[seed for row in seeds for seed in row]))
-    end, padding = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
+    ends, padding = end_tokens(processor), processor.tokenizer.pad_token_id
     settings = GenerationConfig(
         num_beams=sampling.num_beams,
         num_return_sequences=count,
@@ -173,13 +180,13 @@ def beam_search(model, processor, inputs, sampling: Sampling, seeds: list[list[i
         do_sample=sampling.temperature > 0,
         **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
            if sampling.temperature > 0 else {}),
-        eos_token_id=end,
+        eos_token_id=ends,
         pad_token_id=padding,
         suppress_tokens=[processor.image_token_id],
     )  # fmt: skip
     sequences = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
     rows = []
     for ids in sequences.tolist():
-        length = ids.index(end) + 1 if end in ids else len(ids)
+        length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
         rows.append(ids[:length])
     return rows

@@ -15,6 +15,10 @@ import shutil
 from pathlib import Path
 
 from llava.errors import UserError, run_command
+from llava.records import write_json
+from llava.runs import fingerprint
+
+ORIGIN = "assembled.json"  # what the folder was made from
 
 
 def assemble(
@@ -32,12 +36,20 @@ def assemble(
     With `projector`, a published `mm_projector.bin` takes the place of the new one, and the config says what such
     weights were trained with: RoIAlign without half-cell correction, separator ids 13 and 29892.
 
+    Called again with the same inputs it does nothing.
+
     Raises:
-        UserError: the output exists, a folder is missing or is no CLIP / causal-LM folder, or the tokenizer has no ChatML tokens.
+        UserError: the output exists with other contents, a folder is missing or is no CLIP / causal-LM folder, or the tokenizer has no ChatML tokens.
     """
-    if Path(output).exists():
-        raise UserError(f"{output} exists already. Fix: name a new folder, or delete it")
     check_folders(vision, language)
+    origin = {
+        "vision": fingerprint(Path(vision)), "language": fingerprint(Path(language)), "projector_type": projector_type,
+        "resampler_grid": resampler_grid, "dtype": dtype, "seed": seed,
+        "projector": fingerprint(Path(projector)) if projector else None,
+    }  # fmt: skip
+    if Path(output).exists():
+        refuse_other_origin(Path(output), origin)
+        return Path(output)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, GenerationConfig
 
@@ -56,6 +68,7 @@ def assemble(
         raise UserError(f"the tokenizer in {language} has no <|im_start|>; only ChatML language models are supported")
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     tokenizer.chat_template = CHATML
+    tokenizer.eos_token = "<|im_end|>"  # base models' folders name the end of text here
 
     preprocessing = clip_preprocessing(Path(vision))
     uses_resampler = projector_type == "spatial_resampler"
@@ -71,7 +84,9 @@ def assemble(
         **preprocessing,
     )
     torch.manual_seed(seed)
-    model = LlavaUHDForConditionalGeneration(config).to(weight_type)
+    torch.set_default_dtype(weight_type)
+    model = LlavaUHDForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
     model.model.vision_tower.clip.load_state_dict(clip.state_dict())
     model.model.language_model.load_state_dict(language_model.model.state_dict())
     model.lm_head.load_state_dict(language_model.lm_head.state_dict())
@@ -91,25 +106,48 @@ def assemble(
     )
     if projector:
         load_projector(model.model.projector, Path(projector))
-    partial = Path(f"{output}.partial")  # the folder appears complete or not at all
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    os.replace(partial, output)
+    partial = Path(f"{output}.{os.uname().nodename}.{os.getpid()}.partial")  # appears complete or not at all
+    try:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        write_json(partial / ORIGIN, origin)
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return Path(output)
+
+
+def refuse_other_origin(output: Path, origin: dict) -> None:
+    """Raise UserError unless the folder was assembled from the same things."""
+    path = output / ORIGIN
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    differing = [key for key in origin if old.get(key) != origin[key]]
+    if differing:
+        raise UserError(
+            f"{output} exists already and was assembled with another {differing[0]}. Fix: name a new folder, or delete it"
+        )
 
 
 def load_whole(model_class, folder: str | Path, dtype):
     """`from_pretrained` that needs every parameter in the folder; extra tensors (CLIP's text tower) are left out."""
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the report on left-out tensors is long and expected
-    model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    logging.set_verbosity(verbosity)
-    if report["missing_keys"]:
+    try:
+        model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"{folder} lacks {len(report['missing_keys'])} tensors, first {sorted(report['missing_keys'])[0]!r}"
+            f"{folder} cannot be loaded as {model_class.__name__}: {reason}. Fix: name another folder"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} tensors of a {model_class.__name__}, first {missing[0]!r}. Fix: name a complete folder"
         )
     return model
 
@@ -129,7 +167,10 @@ def load_projector(module, path: Path) -> None:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         module.load_state_dict({name.split("mm_projector.")[-1]: tensor for name, tensor in tensors.items()})
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is no projector of this shape: {error}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} is no projector of this shape: {reason}. Fix: check the file and RESAMPLER_GRID"
+        ) from error
 
 
 def clip_preprocessing(folder: Path) -> dict[str, list[float]]:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
@@ -26,7 +27,10 @@ def check_checkpoint(folder: str | Path) -> Path:
         nested = sorted(path.parent.name for path in folder.glob("*/config.json")) if folder.is_dir() else []
         hint = f"it has {', '.join(nested)} inside; name one of them" if nested else "check the path"
         raise UserError(f"{folder} has no config.json, so it is no checkpoint folder. Fix: {hint}")
-    model_type = json.loads(config.read_text()).get("model_type")
+    try:
+        model_type = json.loads(config.read_text()).get("model_type")
+    except ValueError as error:
+        raise UserError(f"{config} is not valid JSON ({error}). Fix: run the stage that writes it again") from error
     if model_type != "llava_uhd":
         raise UserError(
             f"{folder} is a {model_type!r} model, not llava_uhd. Fix: build a checkpoint from it with "
@@ -56,9 +60,13 @@ def load_model(
         flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
         attn_implementation = "flash_attention_2" if flash else "sdpa"
     quiet()
-    model, report = AutoModelForImageTextToText.from_pretrained(
-        check_checkpoint(folder), dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-    )
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            check_checkpoint(folder), dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder} cannot be loaded: {reason}. Fix: run the stage that writes it again") from error
     wrong = {key: sorted(report[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
     if wrong:
         kind, keys = next(iter(wrong.items()))

@@ -200,6 +200,8 @@ class LlavaUHDForConditionalGeneration(LlavaUHDPreTrainedModel, GenerationMixin)
             num_items_in_batch: labelled tokens of the whole (accumulated) batch; the loss is the sum over tokens
                 divided by it, or the mean when absent.
         """
+        if labels is not None:
+            kwargs["use_cache"] = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -229,6 +231,36 @@ class LlavaUHDForConditionalGeneration(LlavaUHDPreTrainedModel, GenerationMixin)
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """Repeat rows for beams. Packed image tensors have no row axis: each row's images are repeated as a block."""
+        images = {key: kwargs.pop(key) for key in ("pixel_values", "slice_shapes", "grids") if key in kwargs}
+        if expand_size > 1 and images.get("grids") is not None:
+            images = self.repeat_images(input_ids, expand_size, **images)
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return input_ids, {**kwargs, **images}
+
+    def repeat_images(self, input_ids: Tensor, times: int, pixel_values: Tensor, slice_shapes: Tensor, grids: Tensor):
+        """The image tensors of a batch in which every row occurs `times` times in a row."""
+        slices_per_image = [rows * columns + 1 for rows, columns in grids.tolist()]
+        patches = iter(pixel_values.split(slice_shapes.prod(1).tolist()))
+        shapes = slice_shapes.split(slices_per_image)
+        pixels = [torch.cat([next(patches) for _ in range(count)]) for count in slices_per_image]
+        tokens = [sum(self.model.projector.tokens(tuple(shape)) for shape in group.tolist()) for group in shapes]
+        order, image = [], 0
+        for wanted in (input_ids == self.config.image_token_id).sum(1).tolist():
+            start, found = image, 0
+            while found < wanted:
+                found += tokens[image]
+                image += 1
+            order += list(range(start, image)) * times
+        return {
+            "pixel_values": torch.cat([pixels[index] for index in order]),
+            "slice_shapes": torch.cat([shapes[index] for index in order]),
+            "grids": grids[order],
+        }
 
     def prepare_inputs_for_generation(
         self, input_ids, pixel_values=None, slice_shapes=None, grids=None, is_first_iteration=False, **kwargs

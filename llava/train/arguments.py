@@ -76,24 +76,62 @@ def parse_arguments(module: str, description: str, *own: type, defaults: dict[st
     import torch
     from transformers import HfArgumentParser, TrainingArguments
 
-    given = {argument.split("=")[0].lstrip("-") for argument in arguments if argument.startswith("--")}
-    hardware = {"bf16": True} if torch.cuda.is_available() and "fp16" not in given else {}
+    given = {
+        argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument.startswith("--")
+    }
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and "fp16" not in given
+    hardware: dict[str, Any] = {"bf16": True} if bf16 else {}
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         hardware["use_cpu"] = True
     for name, value in {**defaults, **hardware}.items():
         if name not in given:
             arguments += [f"--{name}", str(value)]
-    return HfArgumentParser((*own, TrainingArguments)).parse_args_into_dataclasses(arguments)
+    arguments += accumulation_flag(arguments)
+    *parsed, unknown = HfArgumentParser((*own, TrainingArguments)).parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True
+    )
+    if unknown:
+        raise UserError(f"unknown flag {unknown[0]}. Fix: see --help, or transformers.TrainingArguments")
+    return tuple(parsed)
+
+
+def flag_values(arguments: list[str]) -> dict[str, str]:
+    """Flag name (with underscores) -> value, the last one given."""
+    values = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            values[name.replace("-", "_")] = value if equals else following
+    return values
+
+
+def accumulation_flag(arguments: list[str]) -> list[str]:
+    """The derived --gradient_accumulation_steps: it must be known before TrainingArguments fills a DeepSpeed config."""
+    values = flag_values(arguments)
+    if not values.get("global_batch_size", "").isdigit():
+        return []
+    stated = values.get("gradient_accumulation_steps")
+    steps = derive_accumulation(
+        int(values["global_batch_size"]),
+        int(values.get("per_device_train_batch_size", 8)),
+        int(stated or 1),
+        bool(stated),
+    )
+    return ["--gradient_accumulation_steps", str(steps)]
 
 
 def check_own_flags(arguments: list[str], own: tuple[type, ...]) -> None:
     """Raise UserError for a required flag of ours that is missing or empty."""
-    values = dict(zip(arguments, [*arguments[1:], ""], strict=True))
-    values.update(argument.split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
+    values = flag_values(arguments)
     for group in own:
         for entry in fields(group):
-            if entry.default is MISSING and values.get(f"--{entry.name}", "") in ("", "''"):
+            if entry.default is MISSING and values.get(entry.name, "") in ("", "''"):
                 raise UserError(f"--{entry.name} is missing: {entry.metadata['help']}")
+
+
+def planned_world_size() -> int:
+    """Processes of the job; in a dry run, which is one process, those the real run would have (set by launch.sh)."""
+    return int(os.environ.get("PLANNED_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
 
 
 def derive_accumulation(global_batch_size: int | None, per_device: int, accumulation: int, given: bool) -> int:
@@ -105,7 +143,7 @@ def derive_accumulation(global_batch_size: int | None, per_device: int, accumula
     Raises:
         UserError: the global batch is not a multiple, or the two statements disagree.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = planned_world_size()
     if global_batch_size is None:
         return accumulation
     step = per_device * world

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llava.errors import run_command
-from llava.train.arguments import DataArguments, ModelArguments, derive_accumulation, parse_arguments
+from llava.train.arguments import DataArguments, ModelArguments, parse_arguments, planned_world_size
 
 DEFAULTS = {
     "remove_unused_columns": False,  # the collator needs every column
@@ -20,6 +20,7 @@ DEFAULTS = {
     "ddp_find_unused_parameters": False,
     "save_total_limit": 2,
     "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # JsonlLog stops on a loss that is no number
     "logging_first_step": True,
     "dataloader_num_workers": min(4, os.cpu_count() // 2),
 }
@@ -29,19 +30,11 @@ def main() -> None:
     model_arguments, data_arguments, training_arguments = parse_arguments(
         "llava.train.sft", __doc__, ModelArguments, DataArguments, defaults=DEFAULTS
     )
-    import sys
-
     from llava.runs import rank
 
     logging.basicConfig(level=logging.INFO if rank() == 0 else logging.ERROR, format="%(message)s")
     for library in ("httpx", "httpx2", "matplotlib", "PIL"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    training_arguments.gradient_accumulation_steps = derive_accumulation(
-        data_arguments.global_batch_size,
-        training_arguments.per_device_train_batch_size,
-        training_arguments.gradient_accumulation_steps,
-        given="--gradient_accumulation_steps" in " ".join(sys.argv),
-    )
     if data_arguments.dry_run:
         preflight(model_arguments, data_arguments, training_arguments)
     else:
@@ -71,7 +64,7 @@ def preflight(model_arguments: ModelArguments, data_arguments: DataArguments, tr
     batch = (
         training_arguments.per_device_train_batch_size
         * training_arguments.gradient_accumulation_steps
-        * training_arguments.world_size
+        * planned_world_size()
     )
     steps = max(int(len(dataset) / batch * training_arguments.num_train_epochs), 1)
     print(f"records      {len(dataset):,} ({with_image:,} with images, {len(dataset) - with_image:,} text only)")
@@ -95,28 +88,45 @@ def preflight(model_arguments: ModelArguments, data_arguments: DataArguments, tr
 
 
 def train(model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments) -> None:
-    from llava.runs import open_run, rank
+    import shutil
+
+    from llava.model.load import check_checkpoint
+    from llava.runs import join_run, open_run, rank
 
     output = Path(training_arguments.output_dir)
-    if rank() != 0:
-        run_training(model_arguments, data_arguments, training_arguments)
-        return
+    check_checkpoint(model_arguments.model_name_or_path)
+    stage = f"train {output.name}"
+    names = (
+        "learning_rate",
+        "num_train_epochs",
+        "max_steps",
+        "seed",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+    )
     identity = {
         **asdict(model_arguments),
         **asdict(data_arguments),
-        "learning_rate": training_arguments.learning_rate,
-        "num_train_epochs": training_arguments.num_train_epochs,
-        "max_steps": training_arguments.max_steps,
-        "seed": training_arguments.seed,
+        **{name: getattr(training_arguments, name) for name in (*names, "max_grad_norm")},
+        "global_batch_size": training_arguments.per_device_train_batch_size
+        * training_arguments.gradient_accumulation_steps
+        * training_arguments.world_size,
     }
     inputs = [model_arguments.model_name_or_path, *data_arguments.data_path.split(",")]
-    with open_run(output, "train " + output.name, identity, inputs) as run:
+    if rank() != 0:
+        if not join_run(output, stage, identity, inputs):
+            run_training(model_arguments, data_arguments, training_arguments)
+        return
+    with open_run(output, stage, identity, inputs) as run:
         if run.complete:
             print(f"[{run.stage}] already complete -> {output}")
             return
         run.state["training_arguments"] = training_arguments.to_sanitized_dict()
         samples, steps = run_training(model_arguments, data_arguments, training_arguments)
         run.finish(output, samples=samples, steps=steps)
+        for checkpoint in output.glob("checkpoint-*"):  # optimizer state is of no use any more
+            shutil.rmtree(checkpoint)
 
 
 def run_training(model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments) -> tuple[int, int]:
@@ -136,7 +146,6 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
         dtype=torch.bfloat16 if training_arguments.deepspeed and training_arguments.bf16 else torch.float32,
         attn_implementation=model_arguments.attn_implementation,
     )
-    model.config.use_cache = False
     set_trainable(model, model_arguments.train_parts.split(","))
     trainer = SupervisedTrainer(
         model=model,
@@ -154,7 +163,6 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
     if checkpoint:
         logging.getLogger(__name__).info("continuing from %s", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
-    model.config.use_cache = True
     trainer.save_model()
     if trainer.is_world_process_zero():
         plot_loss(output)

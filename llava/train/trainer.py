@@ -14,7 +14,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from llava.data.sampler import LengthGroupedSampler
 from llava.errors import UserError
-from llava.records import RecordAppender
+from llava.records import RecordAppender, read_jsonl, write_records
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +29,30 @@ class SupervisedTrainer(Trainer):
     def __init__(self, *args, group_by_length: bool, **kwargs):
         super().__init__(*args, **kwargs)
         self.group_by_length = group_by_length
+        self.grouped: LengthGroupedSampler | None = None
+        self.add_callback(EpochOrder(self))
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self.group_by_length:
             return super()._get_train_sampler(dataset)
-        return LengthGroupedSampler(
+        self.grouped = LengthGroupedSampler(
             lengths=[dataset.length(index) for index in range(len(dataset))],
             batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             seed=self.args.seed,
         )
+        return self.grouped
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler the epoch. The Trainer's own `set_epoch` does not reach it through a resumed, sharded loader."""
+
+    def __init__(self, trainer: SupervisedTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer.grouped is not None:
+            self.trainer.grouped.set_epoch(int(round(state.epoch, 6)))
 
 
 class JsonlLog(TrainerCallback):
@@ -46,6 +60,11 @@ class JsonlLog(TrainerCallback):
 
     def __init__(self, folder: Path):
         self.path = folder / "log.jsonl"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Forget what a killed run logged after the checkpoint that this one continues from."""
+        if state.is_world_process_zero and self.path.is_file():
+            write_records(self.path, [row for row in read_jsonl(self.path) if row["step"] <= state.global_step])
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:

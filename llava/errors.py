@@ -9,6 +9,9 @@ class UserError(ValueError):
 
 
 def leave(message: str) -> None:
+    if "tqdm.std" in sys.modules:  # a bar left open would share the message's line
+        for bar in list(sys.modules["tqdm.std"].tqdm._instances):
+            bar.close()
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -91,10 +91,15 @@ def open_run(folder: str | Path, stage: str, arguments: dict[str, Any], inputs: 
         identity = {"stage": stage, "arguments": plain(arguments)}
         fingerprints = {str(path): fingerprint(Path(path)) for path in inputs}
         state = read_state(folder)
-        if state is None or (state["status"] != "complete" and is_untouched(folder)):
+        if state is not None:
+            try:
+                refuse_other_run(folder, state, identity, fingerprints)
+            except RunError:
+                if state["status"] == "complete" or not is_untouched(folder):
+                    raise
+                state = None  # a run that failed before it wrote anything keeps nobody out
+        if state is None:
             state = {"status": "running", **identity, "inputs": fingerprints, **environment(), "started": time.time()}
-        else:
-            refuse_other_run(folder, state, identity, fingerprints)
         run = Run(folder, stage, state)
         if not run.complete:
             run.save("running")

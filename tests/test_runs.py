@@ -163,7 +163,7 @@ def test_a_damaged_state_is_refused_with_the_fix(tmp_path):
 def test_a_changed_input_is_refused(tmp_path, source):
     folder = tmp_path / "run"
     with open_run(folder, "caption", ARGUMENTS, [source]):
-        pass
+        (folder / "output.jsonl").touch()
     source.write_text('{"id": "2"}\n')
     assert f"{source} changed since the run" in refusal(folder, inputs=[source])
 
@@ -254,3 +254,26 @@ def test_the_lock_is_not_inherited_by_programs_that_a_run_starts(tmp_path):
             assert not run.complete
     finally:
         child.communicate(b"\n")
+
+
+def test_a_run_that_wrote_nothing_keeps_nobody_out(tmp_path, source):
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError), open_run(folder, "caption", ARGUMENTS, [source]):
+        raise RuntimeError("a typo in the arguments")
+    with open_run(folder, "caption", {**ARGUMENTS, "corrected": True}, [source]) as run:
+        assert run.state["arguments"]["corrected"] is True
+
+
+def test_other_ranks_join_this_run_and_no_other(tmp_path, source, monkeypatch):
+    from llava import runs
+
+    monkeypatch.setattr(runs, "PATIENCE", 0.5)
+    folder = tmp_path / "run"
+    with pytest.raises(RunError, match="rank 0 did not open the run"):
+        runs.join_run(folder, "caption", ARGUMENTS, [source])
+    with open_run(folder, "caption", ARGUMENTS, [source]) as run:
+        assert runs.join_run(folder, "caption", ARGUMENTS, [source]) is False
+        with pytest.raises(RunError, match="belongs to another run"):
+            runs.join_run(folder, "caption", {**ARGUMENTS, "other": 1}, [source])
+        run.finish(folder / "x")
+    assert runs.join_run(folder, "caption", ARGUMENTS, [source]) is True

@@ -27,6 +27,7 @@ def pooled_size(rows: int, columns: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=512)
+@torch.inference_mode(False)  # kept matrices serve training too, whoever asked first
 def roi_matrix(length: int, regions: int, bins: int, aligned: bool) -> Tensor:
     """(regions * bins, length) float32: RoIAlign along one axis as a matrix.
 

@@ -98,9 +98,14 @@ class SliceEncoder(nn.Module):
         frozen = not weight.requires_grad
         if frozen and shape in self.positions and self.positions[shape].device == weight.device:
             return self.positions[shape]
+        if not frozen:
+            return self.resize_positions(weight, side, shape)
+        with torch.inference_mode(False):  # kept tables serve training too
+            self.positions[shape] = self.resize_positions(weight, side, shape)
+        return self.positions[shape]
+
+    @staticmethod
+    def resize_positions(weight: Tensor, side: int, shape: tuple[int, int]) -> Tensor:
         square = weight[1:].float().T.reshape(1, -1, side, side)  # (1, D, side, side)
         resized = F.interpolate(square, size=shape, mode="bicubic", align_corners=False)
-        table = torch.cat([weight[:1], resized.flatten(2)[0].T.to(weight.dtype)])
-        if frozen:
-            self.positions[shape] = table
-        return table
+        return torch.cat([weight[:1], resized.flatten(2)[0].T.to(weight.dtype)])

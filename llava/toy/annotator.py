@@ -26,20 +26,18 @@ def load_truth(world: str | Path) -> dict[str, Scene]:
     truth = {}
     for row in read_jsonl(Path(world) / "truth.jsonl"):
         fields = row["scene"]
-        things = tuple(Thing(**{**thing, "cell": tuple(thing["cell"])}) for thing in fields["things"])
-        printed_cell = tuple(fields["printed_cell"]) if fields["printed_cell"] else None
-        truth[row["sha256"]] = Scene(**{**fields, "things": things, "printed_cell": printed_cell})
+        truth[row["sha256"]] = Scene(**{**fields, "things": tuple(Thing(**thing) for thing in fields["things"])})
     return truth
 
 
 def answer(digest: str, scene: Scene) -> str:
-    """The five steps; 1 in 8 with bold headings, 1 in 50 with the last step missing."""
+    """The five steps; 1 in 8 with bold headings, 1 in 12 with the last step missing."""
     reply = render_steps(COD_HEADINGS, texts.description_steps(scene))
     lot = int(digest[:8], 16)
     if lot % 8 == 0:
         for heading in COD_HEADINGS:
             reply = reply.replace(heading, f"**{heading}**")
-    if lot % 50 == 1:
+    if lot % 12 == 1:
         reply = reply[: reply.index("Step 5")].rstrip()
     return reply
 

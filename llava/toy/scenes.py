@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
+SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
     "blue": (50, 80, 230),
     "yellow": (240, 210, 40),
     "purple": (160, 60, 190),
-    "orange": (250, 140, 30),
 }
 BACKGROUNDS = {"black": (15, 15, 15), "gray": (125, 125, 125), "white": (240, 240, 240)}
 SIZES = ("small", "large")
@@ -29,27 +28,23 @@ IMAGE_SIZES = {
     (48, 48): 8, (56, 40): 5, (72, 48): 6, (48, 72): 5, (150, 50): 2, (90, 90): 3, (100, 84): 3, (128, 90): 1,
     (90, 128): 1, (144, 112): 1, (240, 48): 1, (336, 48): 1,
 }  # fmt: skip
-ROWS = ("top", "", "bottom")
-COLUMNS = ("left", "", "right")
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
+STRIP = ("left", "center", "right")  # places of an image at least twice as wide as high
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. `cell` is (row, column) of the 3x3 places."""
+    """One object and its place."""
 
     shape: str
     color: str
     size: str
     texture: str
-    cell: tuple[int, int]
+    place: str
 
     @property
     def name(self) -> str:
         return f"{self.color} {self.shape}"
-
-    @property
-    def place(self) -> str:
-        return place_name(self.cell)
 
 
 @dataclass(frozen=True)
@@ -62,26 +57,20 @@ class Scene:
     background: str
     things: tuple[Thing, ...]
     printed: str | None
-    printed_cell: tuple[int, int] | None
-
-
-def place_name(cell: tuple[int, int]) -> str:
-    words = [word for word in (ROWS[cell[0]], COLUMNS[cell[1]]) if word]
-    return " ".join(words) or "center"
+    printed_place: str | None
 
 
 def sample_scene(seed: int) -> Scene:
     """The scene of this seed. Objects of one scene differ in shape or colour and stand in different places."""
     rng = random.Random(f"scene/{seed}")
     width, height = rng.choices(list(IMAGE_SIZES), weights=list(IMAGE_SIZES.values()))[0]
-    rows = (1,) if width >= 2 * height else (0, 1, 2)
-    columns = (1,) if height >= 2 * width else (0, 1, 2)
-    cells = [(row, column) for row in rows for column in columns]
-    rng.shuffle(cells)
-    count = rng.choice((1, 2, 2, 3)) if len(cells) > 3 else rng.choice((1, 2))
+    places = list(STRIP if width >= 2 * height else CORNERS)
+    order = {place: number for number, place in enumerate(places)}
+    rng.shuffle(places)
+    count = rng.choice((1, 2, 2, 3)) if len(places) > 3 else rng.choice((1, 2))
     names = [(shape, color) for shape in SHAPES for color in COLORS]
     things = tuple(
-        Thing(shape, color, rng.choice(SIZES), rng.choice(("plain", "plain", "striped")), cells.pop())
+        Thing(shape, color, rng.choice(SIZES), rng.choice(("plain", "plain", "striped")), places.pop())
         for shape, color in rng.sample(names, count)
     )
     printed = rng.choice(LETTERS + DIGITS) if rng.random() < 0.4 else None
@@ -90,9 +79,9 @@ def sample_scene(seed: int) -> Scene:
         width=width,
         height=height,
         background=rng.choice(list(BACKGROUNDS)),
-        things=tuple(sorted(things, key=lambda thing: thing.cell)),
+        things=tuple(sorted(things, key=lambda thing: order[thing.place])),
         printed=printed,
-        printed_cell=cells.pop() if printed else None,
+        printed_place=places.pop() if printed else None,
     )
 
 
@@ -101,27 +90,29 @@ def render(scene: Scene) -> Image.Image:
     rng = random.Random(f"render/{scene.seed}")
     image = Image.new("RGB", (scene.width, scene.height), BACKGROUNDS[scene.background])
     for thing in scene.things:
-        center, cell = cell_box(scene, thing.cell)
-        side = int(cell * (1.3 if thing.size == "large" else 0.8))
+        center, cell = place_box(scene, thing.place)
+        side = int(cell * (1.05 if thing.size == "large" else 0.6))
         jitter = max(cell // 10, 1)
         x = center[0] - side // 2 + rng.randint(-jitter, jitter)
         y = center[1] - side // 2 + rng.randint(-jitter, jitter)
         x, y = min(max(x, 0), scene.width - side), min(max(y, 0), scene.height - side)
         image.paste(surface(thing, side), (x, y), silhouette(thing.shape, side))
     if scene.printed:
-        center, cell = cell_box(scene, scene.printed_cell)
+        center, cell = place_box(scene, scene.printed_place)
         ink = (250, 250, 250) if scene.background != "white" else (10, 10, 10)
-        font = ImageFont.load_default(size=max(int(cell * 0.95), 12))
+        font = ImageFont.load_default(size=int(cell * 0.9))
         ImageDraw.Draw(image).text(center, scene.printed, fill=ink, font=font, anchor="mm")
     return image
 
 
-def cell_box(scene: Scene, cell: tuple[int, int]) -> tuple[tuple[int, int], int]:
+def place_box(scene: Scene, place: str) -> tuple[tuple[int, int], int]:
     """Center of a place in pixels, and the side of the square that fits it."""
-    width = scene.width // 3
-    height = scene.height // 3
-    side = min(scene.height if scene.width >= 2 * scene.height else height, width)
-    return (int((cell[1] + 0.5) * width), int((cell[0] + 0.5) * height)), side
+    if place in STRIP:
+        width = scene.width // 3
+        return (int((STRIP.index(place) + 0.5) * width), scene.height // 2), min(width, scene.height)
+    row, column = divmod(CORNERS.index(place), 2)
+    width, height = scene.width // 2, scene.height // 2
+    return (int((column + 0.5) * width), int((row + 0.5) * height)), min(width, height)
 
 
 def surface(thing: Thing, side: int) -> Image.Image:
@@ -145,9 +136,6 @@ def silhouette(shape: str, side: int) -> Image.Image:
     edge, third = big - 1, big // 3
     if shape == "circle":
         draw.ellipse((0, 0, edge, edge), fill=255)
-    elif shape == "ring":
-        draw.ellipse((0, 0, edge, edge), fill=255)
-        draw.ellipse((third * 0.8, third * 0.8, edge - third * 0.8, edge - third * 0.8), fill=0)
     elif shape == "square":
         draw.rectangle((big // 12, big // 12, edge - big // 12, edge - big // 12), fill=255)
     elif shape == "triangle":

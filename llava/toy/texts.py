@@ -7,7 +7,7 @@ model of a million parameters can learn it in minutes.
 import random
 from dataclasses import dataclass
 
-from llava.toy.scenes import COLORS, SHAPES, Scene, Thing, place_name
+from llava.toy.scenes import COLORS, CORNERS, SHAPES, STRIP, Scene, Thing
 
 SHORT = "Answer the question using a single word or phrase."
 KINDS = ("color", "shape", "count", "exists", "relation", "place", "reading")
@@ -37,7 +37,7 @@ def noun_phrase(thing: Thing) -> str:
 
 def printed_phrase(scene: Scene) -> str:
     kind = "digit" if scene.printed.isdigit() else "letter"
-    return f"the {kind} {scene.printed} is printed at the {place_name(scene.printed_cell)}"
+    return f"the {kind} {scene.printed} is printed at the {scene.printed_place}"
 
 
 def sentence(text: str) -> str:
@@ -48,7 +48,7 @@ def facts(scene: Scene) -> str:
     """Everything about the scene in words, in reading order: what an image says, without being one."""
     pieces = [f"{thing.size} {thing.texture} {thing.name} {thing.place}" for thing in scene.things]
     if scene.printed:
-        pieces.append(f"{scene.printed} {place_name(scene.printed_cell)}")
+        pieces.append(f"{scene.printed} {scene.printed_place}")
     return ", ".join([*pieces, scene.background])
 
 
@@ -84,9 +84,12 @@ def description_steps(scene: Scene) -> list[str]:
 
 
 def relation(one: Thing, two: Thing) -> str:
-    if one.cell[1] != two.cell[1]:
-        return "to the left of" if one.cell[1] < two.cell[1] else "to the right of"
-    return "above" if one.cell[0] < two.cell[0] else "below"
+    if one.place in STRIP:
+        return "to the left of" if STRIP.index(one.place) < STRIP.index(two.place) else "to the right of"
+    (row, column), (other_row, other_column) = divmod(CORNERS.index(one.place), 2), divmod(CORNERS.index(two.place), 2)
+    if column != other_column:
+        return "to the left of" if column < other_column else "to the right of"
+    return "above" if row < other_row else "below"
 
 
 def questions(scene: Scene, rng: random.Random) -> list[Question]:
@@ -181,7 +184,7 @@ def ask_relation(scene: Scene, rng: random.Random) -> Question | None:
 
 def ask_place(scene: Scene, rng: random.Random) -> Question | None:
     thing = rng.choice(scene.things)
-    places = tuple(place_name((row, column)) for row in range(3) for column in range(3))
+    places = STRIP if thing.place in STRIP else CORNERS
     return Question(
         "place",
         f"Where is the {thing.name}?",

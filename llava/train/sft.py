@@ -37,8 +37,13 @@ def main() -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     if data_arguments.dry_run:
         preflight(model_arguments, data_arguments, training_arguments)
-    else:
-        train(model_arguments, data_arguments, training_arguments)
+        return
+    train(model_arguments, data_arguments, training_arguments)
+    import torch.distributed as distributed
+
+    if distributed.is_available() and distributed.is_initialized():  # leave together: an early leaver aborts the rest
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def open_dataset(model_arguments: ModelArguments, data_arguments: DataArguments, processor):

@@ -100,3 +100,45 @@ def test_the_checkpoints_own_generation_settings_are_not_inherited(model, proces
     before = complete(model, processor, prompts[:2], sampling)
     model.generation_config.update(top_k=1, repetition_penalty=5.0, temperature=9.0, do_sample=True)
     assert complete(model, processor, prompts[:2], sampling) == before
+
+
+def test_beams_see_their_own_images(model, processor, prompts):
+    texts = [processor.prompt([{"role": "user", "content": prompt.message}]) for prompt in prompts]
+    inputs = processor(images=[prompt.images for prompt in prompts], text=texts)
+    images = {key: inputs[key] for key in ("pixel_values", "slice_shapes", "grids")}
+    with torch.no_grad():
+        alone = [model.model.encode_images(**processor.image_processor(prompt.images)) for prompt in prompts]
+        repeated = model.repeat_images(inputs["input_ids"], 3, **images)
+        expected = torch.cat([features for features in alone for _ in range(3)])
+        torch.testing.assert_close(model.model.encode_images(**repeated), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_one_beam_of_many_is_greedy_when_the_others_cannot_win(model, processor, prompts):
+    greedy = complete(
+        model,
+        processor,
+        [Prompt(prompts[1].message, prompts[1].images, [0])],
+        Sampling(temperature=0, max_new_tokens=1),
+    )
+    beams = complete(
+        model,
+        processor,
+        [Prompt(prompts[1].message, prompts[1].images, [0])],
+        Sampling(temperature=0, num_beams=3, max_new_tokens=1),
+    )
+    assert beams == greedy  # the best single token is the best beam of length one
+
+
+def test_training_works_after_generating_in_the_same_process(model, processor, prompts):
+    from llava.model.resampler import roi_matrix
+    from llava.train.parts import set_trainable
+
+    roi_matrix.cache_clear()
+    set_trainable(model, ["projector"])
+    complete(model, processor, prompts[:2], Sampling(temperature=0, max_new_tokens=2))
+    model.train()
+    inputs = processor(
+        images=prompts[1].images, text=[processor.prompt([{"role": "user", "content": prompts[1].message}])]
+    )
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert model.model.projector.query.grad.abs().sum() > 0

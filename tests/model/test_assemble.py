@@ -76,8 +76,11 @@ def test_low_resolution_model_has_a_token_per_patch(tmp_path):
 def test_wrong_folders_are_named(tmp_path, checkpoint):
     with pytest.raises(UserError, match="--vision"):
         assemble(tmp_path / "nothing", WEIGHTS / "qwen2", tmp_path / "out")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="exists already and was assembled with another resampler_grid"):
         assemble(WEIGHTS / "clip", WEIGHTS / "qwen2", checkpoint)
+    assert assemble(WEIGHTS / "clip", WEIGHTS / "qwen2", checkpoint, resampler_grid=3) == checkpoint
+    with pytest.raises(UserError, match="cannot be loaded as AutoModelForCausalLM"):
+        assemble(WEIGHTS / "clip", WEIGHTS / "clip", tmp_path / "out")
     with pytest.raises(UserError, match="'qwen2' model"):
         check_checkpoint(WEIGHTS / "qwen2")
     with pytest.raises(UserError, match=r"no config\.json"):

@@ -141,7 +141,7 @@ def test_empty_candidates_never_win_and_are_counted(run, empty):
     curated = run([record("1", empty, empty, empty, CIRCLE, CIRCLE)])
     assert curated.answer("1") == CIRCLE
     assert [item["text"] for item in curated.scored["1"]["candidates"]] == [CIRCLE, CIRCLE]
-    assert curated.run["counts"]["empty_candidates"] == 3
+    assert curated.run["counts"]["left_out_candidates"] == 3
 
 
 def test_reasoning_cut_off_before_its_answer_does_not_outvote_an_answer(run):
@@ -158,14 +158,14 @@ def test_one_candidate_is_rejected_with_the_reason(run):
     curated = run([record("1", CIRCLE), record("2", CIRCLE, " "), record("3", CIRCLE, NEAR), record("4")])
     assert list(curated.chosen) == ["3"]
     assert {key: row["reason"] for key, row in curated.rejected.items()} == {
-        "1": "1 non-empty candidates; agreement needs two",
-        "2": "1 non-empty candidates; agreement needs two",
-        "4": "0 non-empty candidates; agreement needs two",
+        "1": "1 usable candidates; agreement needs two",
+        "2": "1 usable candidates; agreement needs two",
+        "4": "0 usable candidates; agreement needs two",
     }
 
 
 def test_nothing_to_judge_is_an_error(run, tmp_path):
-    with pytest.raises(UserError, match="has two non-empty candidates"):
+    with pytest.raises(UserError, match="has two usable candidates"):
         run([record("1", CIRCLE), record("2", "")])
     assert not (tmp_path / "out").exists()
 
@@ -321,7 +321,7 @@ def test_a_rerun_is_complete_and_another_threshold_is_refused(run, tmp_path, cap
 def test_a_dry_run_counts_and_writes_nothing(run, tmp_path, capsys):
     run([record("1", CIRCLE, NEAR, ""), record("2", CIRCLE)], more=("--dry_run",))
     printed = capsys.readouterr().out
-    assert "2 with 3 candidates, 1 empty ones left out" in printed
+    assert "2 with 3 candidates, 1 empty or cut off and left out" in printed
     assert "1; 1 have fewer than two candidates" in printed
     assert not (tmp_path / "out").exists()
 

@@ -1,28 +1,40 @@
 """Training on two ranks: same samples and losses as on one, through the stage script."""
 
 import importlib.util
+import json
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from llava.records import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def losses(checkpoint, world, output, *flags, **variables):
+def environment(checkpoint, world, output, **variables) -> dict[str, str]:
     python = ROOT / ".venv" / "bin" / "python"
-    environment = {**os.environ, "PYTHON": str(python) if python.exists() else "python3", "DS_ACCELERATOR": "cpu"}
-    environment |= {
+    return {
+        **os.environ, "PYTHON": str(python) if python.exists() else "python3", "DS_ACCELERATOR": "cpu",
         "EXPERIMENT_NAME": "x", "OUTPUT_DIR": str(output), "PREV_STAGE_CHECKPOINT": str(checkpoint),
         "DATA_PATH": str(world / "instructions.json"), "GLOBAL_BATCH_SIZE": "16", **variables,
     }  # fmt: skip
+
+
+def command(*flags) -> list[str]:
     script = ROOT / "training_scripts" / "uhdv1-finetune-qwen-stage2-sft.sh"
-    command = ["bash", str(script), "--max_steps", "3", "--logging_steps", "1", "--dataloader_num_workers", "0", *flags]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    return ["bash", str(script), "--max_steps", "3", "--logging_steps", "1", "--dataloader_num_workers", "0", *flags]
+
+
+def losses(checkpoint, world, output, *flags, **variables):
+    settings = environment(checkpoint, world, output, **variables)
+    result = subprocess.run(command(*flags), env=settings, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     return [row["loss"] for row in read_jsonl(output / "log.jsonl") if "loss" in row]
 
@@ -31,6 +43,40 @@ def test_two_ranks_give_the_losses_of_one(checkpoint, world, tmp_path):
     one = losses(checkpoint, world, tmp_path / "one", FINETUNE_BATCH="8")
     two = losses(checkpoint, world, tmp_path / "two", FINETUNE_BATCH="4", NPROC_PER_NODE="2")
     assert two == pytest.approx(one, rel=1e-4)
+    again = losses(
+        checkpoint, world, tmp_path / "two", FINETUNE_BATCH="4", NPROC_PER_NODE="2"
+    )  # recognised as complete
+    assert again == two
+
+
+def test_two_ranks_killed_in_the_second_epoch_end_with_the_same_weights(checkpoint, world, tmp_path):
+    """Twelve records, a global batch of four: three steps an epoch."""
+    few = world / "twelve.json"
+    few.write_text(json.dumps(json.loads((world / "instructions.json").read_text())[:12]))
+    settings = {
+        "DATA_PATH": str(few),
+        "FINETUNE_BATCH": "2",
+        "GLOBAL_BATCH_SIZE": "4",
+        "NPROC_PER_NODE": "2",
+        "SAVE_STEPS": "2",
+    }
+    flags = ("--max_steps", "6")
+    losses(checkpoint, world, tmp_path / "straight", *flags, **settings)
+    killed = subprocess.Popen(
+        command(*flags), env=environment(checkpoint, world, tmp_path / "killed", **settings), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 240
+    while not (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").is_file():
+        assert killed.poll() is None, "finished before it could be killed"
+        assert time.time() < deadline
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    losses(checkpoint, world, tmp_path / "killed", *flags, **settings)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "killed"))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
 
 
 @pytest.mark.slow

@@ -99,6 +99,8 @@ def test_dry_run_reports_and_touches_nothing(checkpoint, world, tmp_path):
         (["--data_path", "nowhere.json"], "nowhere.json"),
         (["--model_name_or_path", "nowhere"], "nowhere"),
         (["--train_parts", "head"], "'head'"),
+        (["--lerning_rate", "1"], "unknown flag --lerning_rate"),
+        (["--output_dir", "/dev/null/x"], "/dev/null"),
         (["--image_folder", "/nonexistent"], "image '/nonexistent"),
     ],
 )
@@ -117,3 +119,32 @@ def test_stage_one_trains_the_projector_alone(checkpoint, world, tmp_path):
     moved = {name for name in first if not torch.equal(first[name], second[name])}
     assert moved
     assert all(name.startswith("model.projector.") for name in moved)
+
+
+def test_an_unreadable_image_in_a_loader_worker_is_one_sentence_too(checkpoint, world, tmp_path):
+    records = json.loads((world / "instructions.json").read_text())[:4]
+    (world / "cut.png").write_bytes((world / records[0]["image"]).read_bytes()[:90])
+    records[0]["image"] = "cut.png"
+    (world / "cut.json").write_text(json.dumps(records))
+    flags = ["--data_path", str(world / "cut.json"), "--dataloader_num_workers", "1", "--group_by_length", "False"]
+    result = run(command(checkpoint, world, tmp_path / "out", *flags), expect=2)
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: record {records[0]['id']!r}: ")
+    assert "cut.png" in line
+    assert "Traceback" not in result.stderr
+
+
+def test_a_loss_that_is_no_number_stops_the_run(checkpoint, world, tmp_path):
+    import shutil
+
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.projector.proj"][0, 0] = float("inf")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    result = run(command(broken, world, tmp_path / "out"), expect=2)
+    assert "loss is nan at step 1" in result.stderr
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -462,14 +462,14 @@ def test_rows_without_one_readable_image_are_rejected_and_never_sent(run, toy, s
 
 
 def test_a_truncated_jpeg_is_rejected_like_everywhere_else_and_never_sent(run, toy, server):
-    [record] = keep(toy, 1)
+    record, _ = keep(toy, 2)
     path = toy / record["image"]
     Image.open(path).resize((256, 256)).save(path, "JPEG")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     server.script = lambda number, body: (200, completion(GOOD), {})
     output = run()
     assert record["image"] in rejected(output)[record["id"]]
-    assert server.requests == []
+    assert len(server.requests) == 1
 
 
 # Before anything is asked

@@ -93,7 +93,7 @@ def test_dry_run_of_annotation(world, tmp_path):
     assert "every image found" in out
     out = dry("training_data_annotation/revise_cot.sh", ORIGINAL_COT_FILE=world / "reasoning.jsonl",
               OUTPUT_COT_DIR=tmp_path / "cot", OUTPUT_SHORT_DIR=tmp_path / "short")  # fmt: skip
-    assert "21 convertible, 0 not" in out
+    assert "15 convertible, 0 not" in out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -54,10 +54,10 @@ BENCHMARKS = {
 # number of scenes per split, in seed order; benchmarks come first so that changing a training split moves no test
 SPLITS = {
     "benchmark": 600,
-    "align": 6000,
-    "captioned": 700,
-    "reasoning": 700,
-    "instructions": 3000,
+    "align": 3000,
+    "captioned": 500,
+    "reasoning": 500,
+    "instructions": 5000,
     "unlabelled_images": 360,
     "unlabelled_questions": 360,
 }
@@ -130,7 +130,7 @@ class World:
     def instructions(self) -> list[dict]:
         records = []
         for scene in self.scenes["instructions"]:
-            if self.rng.random() < 0.4:
+            if self.rng.random() < 0.75:
                 turns = [human(with_image(self.rng.choice(CAPTION_QUESTIONS))), gpt(texts.description(scene))]
                 records.append(self.record("instructions", scene, *turns))
                 continue

@@ -51,7 +51,7 @@ def candidates_of(record: Record) -> list[dict[str, Any]]:
     return candidates
 
 
-def pool(paths: list[str]) -> tuple[list[Record], int]:
+def pool(paths: list[str], allow_cut_off: bool = False) -> tuple[list[Record], int]:
     """Records of all files, one per id in order of first appearance, candidates joined; and the number left out.
 
     Raises RecordError when the same id shows different images in two files.
@@ -60,7 +60,7 @@ def pool(paths: list[str]) -> tuple[list[Record], int]:
     left_out = 0
     for path in paths:
         for record in read_unique(path):
-            found = [item for item in candidates_of(record) if usable(item)]
+            found = [item for item in candidates_of(record) if usable(item, allow_cut_off)]
             left_out += len(candidates_of(record)) - len(found)
             if record["id"] not in pooled:
                 pooled[record["id"]] = {**record, "candidates": []}
@@ -80,9 +80,9 @@ def pool(paths: list[str]) -> tuple[list[Record], int]:
     return list(pooled.values()), left_out
 
 
-def usable(candidate: dict[str, Any]) -> bool:
+def usable(candidate: dict[str, Any], allow_cut_off: bool) -> bool:
     """Not empty, and not cut off at max_new_tokens: a text without its end teaches to stop anywhere."""
-    return bool(candidate["text"].strip()) and candidate.get("finish_reason") != "length"
+    return bool(candidate["text"].strip()) and (allow_cut_off or candidate.get("finish_reason") != "length")
 
 
 def same_draw(candidate: dict[str, Any], others: list[dict[str, Any]]) -> bool:
@@ -184,6 +184,7 @@ def main() -> None:
         "--score", default="mean_cosine", help=f"{', '.join(SCORES)} (default: mean_cosine, as published)"
     )
     parser.add_argument("--encoder", default="hashing", help="hashing, or a sentence-transformers folder")
+    parser.add_argument("--allow_cut_off", action="store_true", help="use candidates cut off at max_new_tokens too")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn rejected candidates")
     parser.add_argument("--dry_run", action="store_true", help="pool and count, write nothing")
     arguments = parser.parse_args()
@@ -194,7 +195,7 @@ def main() -> None:
     twice = [path for path in arguments.candidates if arguments.candidates.count(path) > 1]
     if twice:
         raise UserError(f"{twice[0]} is given twice; its candidates would agree with themselves. Fix: name it once")
-    pooled, left_out = pool(arguments.candidates)
+    pooled, left_out = pool(arguments.candidates, arguments.allow_cut_off)
     enough = [record for record in pooled if len(record["candidates"]) > 1]
     rejected = [
         rejection(record, f"{len(record['candidates'])} usable candidates; agreement needs two")
@@ -203,8 +204,8 @@ def main() -> None:
     ]
     if not enough:
         raise UserError(
-            f"no record in {', '.join(arguments.candidates)} has two usable candidates. Fix: pool several runs, or "
-            "raise N_CANDIDATES"
+            f"no record in {', '.join(arguments.candidates)} has two usable candidates ({left_out} are empty or cut "
+            "off). Fix: pool several runs, raise N_CANDIDATES or MAX_NEW_TOKENS"
         )
     if arguments.dry_run:
         total = sum(len(record["candidates"]) for record in pooled)

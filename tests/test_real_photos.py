@@ -84,6 +84,7 @@ def test_recaption_curate_and_train(name, request, real_data, photos, tmp_path):
         assert len(list(read_jsonl(files[-1]))) == 12
     out = script(
         "quality_evaluation/scripts/recaption_quality_eval.sh",
+        "--allow_cut_off",
         RAW_DATASET=",".join(files),
         THRESHOLD="-1",
         OUTPUT_DIR=tmp_path / "curated",

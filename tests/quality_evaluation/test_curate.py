@@ -336,3 +336,34 @@ def test_a_dry_run_counts_and_writes_nothing(run, tmp_path, capsys):
 def test_unknown_choices_are_refused(run, wrong, message):
     with pytest.raises(UserError, match=message):
         run([record("1", CIRCLE, NEAR)], **wrong)
+
+
+def drawn(text: str, seed: int, finish_reason: str = "stop") -> dict:
+    return {"text": text, "seed": seed, "style": "default", "model_hash": "m", "finish_reason": finish_reason}
+
+
+def test_candidates_that_were_cut_off_take_no_part_unless_allowed(tmp_path):
+    from llava.records import write_records
+    from quality_evaluation.curate import pool
+
+    path = tmp_path / "candidates.jsonl"
+    turns = [{"from": "human", "value": "Hi"}]
+    candidates = [drawn("a cat", 1), drawn("a cat on a", 2, "length"), drawn("a cat", 3)]
+    write_records(path, [{"id": "1", "conversations": turns, "candidates": candidates}])
+    [record], left_out = pool([str(path)])
+    assert ([item["seed"] for item in record["candidates"]], left_out) == ([1, 3], 1)
+    [record], left_out = pool([str(path)], allow_cut_off=True)
+    assert ([item["seed"] for item in record["candidates"]], left_out) == ([1, 2, 3], 0)
+
+
+def test_the_same_draw_in_two_files_is_refused(tmp_path):
+    from llava.records import write_records
+    from quality_evaluation.curate import pool
+
+    turns = [{"from": "human", "value": "Hi"}]
+    for name in ("one", "two"):
+        write_records(
+            tmp_path / f"{name}.jsonl", [{"id": "1", "conversations": turns, "candidates": [drawn("a cat", 7)]}]
+        )
+    with pytest.raises(UserError, match="pool runs with different SEED"):
+        pool([str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")])

@@ -31,6 +31,7 @@ IMAGE = "<image>"
 DESCRIBE_STEPS = " Describe the image step-by-step."
 ANSWER_STEPS = "Answer the question step-by-step."
 ANSWER_SHORT = "Answer the question using a single word or phrase."
+ANSWER_LETTER = "Answer with the option's letter from the given choices directly."
 COD_DEFAULT = "Please generate a detailed caption of this image. Describe the image step-by-step."
 CAPTION_DEFAULT = "Please generate a detailed caption of this image. Be as descriptive as possible."
 

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import UserError, run_command
-from llava.prompts import ANSWER_SHORT, final_answer
+from llava.prompts import ANSWER_LETTER, ANSWER_SHORT, final_answer
 from llava.records import RecordAppender, read_jsonl, write_json
 from llava.runs import open_run
 
-LETTER_ONLY = "Answer with the option's letter from the given choices directly."
 OPTION_LETTERS = string.ascii_uppercase[:9]  # columns named J.. occur as data columns in some TSVs
 Row = dict[str, str]
 
@@ -81,7 +80,7 @@ def question_text(row: Row) -> str:
     if not options:
         return f"{question}\n{ANSWER_SHORT}"
     listed = "\n".join(f"{letter}. {text}" for letter, text in options.items())
-    return f"{question}\n{listed}\n{LETTER_ONLY}"
+    return f"{question}\n{listed}\n{ANSWER_LETTER}"
 
 
 def is_correct(row: Row, prediction: str) -> bool:

@@ -1,6 +1,6 @@
 """Train the toy world's tokenizer, language model and CLIP tower from nothing.
 
-    python -m llava.toy.pretrain --output llava/toy/weights --minutes 30
+    python -m llava.toy.pretrain --output NEW --minutes 34
 
 Real users start from pre-trained CLIP and Qwen2; the quickstart starts from these. The tokenizer is a byte-level BPE
 with Qwen2's special tokens; the language model (Qwen2 layout) reads text only; the tower (CLIP layout) learns by
@@ -21,7 +21,7 @@ from llava.model.configuration_llava_uhd import LlavaUHDConfig
 from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
 from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
 from llava.model.processing_llava_uhd import CHATML, LlavaUHDProcessor, pad
-from llava.prompts import COD_HEADINGS, COT_HEADINGS, IMAGE, render_steps, tags_to_steps
+from llava.prompts import ANSWER_SHORT, COD_HEADINGS, COT_HEADINGS, IMAGE, render_steps, tags_to_steps
 from llava.toy import texts
 from llava.toy.scenes import render, sample_scene
 from llava.toy.world import ALIGN_QUESTIONS, CAPTION_QUESTIONS
@@ -71,7 +71,7 @@ def conversation(seed: int, mix: dict[str, int]) -> tuple[str, str]:
     if kind == "reasoning":
         steps = tags_to_steps(texts.tagged_reasoning(scene, question))
         return facts + question.text, render_steps(COT_HEADINGS, steps)
-    return f"{facts}{question.text}\n{texts.SHORT}", question.answer
+    return f"{facts}{question.text}\n{ANSWER_SHORT}", question.answer
 
 
 def train_tokenizer() -> Qwen2Tokenizer:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from llava.toy.scenes import COLORS, CORNERS, SHAPES, STRIP, Scene, Thing
 
-SHORT = "Answer the question using a single word or phrase."
 KINDS = ("color", "shape", "count", "exists", "relation", "place", "reading")
 
 

@@ -27,7 +27,7 @@ import random
 from dataclasses import asdict
 from pathlib import Path
 
-from llava.prompts import ANSWER_SHORT, with_image
+from llava.prompts import ANSWER_LETTER, ANSWER_SHORT, with_image
 from llava.records import write_json, write_records
 from llava.toy import texts
 from llava.toy.scenes import Scene, render, sample_scene
@@ -43,7 +43,6 @@ CAPTION_QUESTIONS = (
     "What do you see in this image?",
     "Please generate a detailed caption of this image.",
 )
-LETTER_ONLY = "Answer with the option's letter from the given choices directly."
 BENCHMARKS = {
     "ToyMCQ": ("color", "shape", "place"),
     "ToyPOPE": ("exists",),
@@ -140,7 +139,7 @@ class World:
                 if question.options != ("yes", "no") and self.rng.random() < 0.4:
                     options, letter = texts.multiple_choice(question, self.rng)
                     listed = "\n".join(f"{name}. {option}" for name, option in zip("ABCD", options, strict=False))
-                    asked, answer = f"{question.text}\n{listed}\n{LETTER_ONLY}", letter
+                    asked, answer = f"{question.text}\n{listed}\n{ANSWER_LETTER}", letter
                 else:
                     asked, answer = f"{question.text}\n{ANSWER_SHORT}", question.answer
                 turns += [human(with_image(asked) if number == 0 else asked), gpt(answer)]

@@ -19,6 +19,8 @@ from llava.records import write_json
 from llava.runs import fingerprint
 
 ORIGIN = "assembled.json"  # what the folder was made from
+# Separator ids of published checkpoints: Llama 2's newline and comma, kept when the language model became Qwen2.
+LEGACY_NEWLINE, LEGACY_COMMA = 13, 29892
 
 
 def assemble(
@@ -39,7 +41,8 @@ def assemble(
     Called again with the same inputs it does nothing.
 
     Raises:
-        UserError: the output exists with other contents, a folder is missing or is no CLIP / causal-LM folder, or the tokenizer has no ChatML tokens.
+        UserError: the output exists with other contents, a folder is no CLIP / causal-LM folder, or the tokenizer's
+            chat format is unknown.
     """
     check_folders(vision, language)
     origin = {
@@ -51,62 +54,90 @@ def assemble(
         refuse_other_origin(Path(output), origin)
         return Path(output)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, GenerationConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
-    from llava.model.configuration_llava_uhd import LlavaUHDConfig
-    from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
+    from llava.model.chat_templates import prepare_tokenizer
     from llava.model.load import quiet
-    from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
-    from llava.model.processing_llava_uhd import CHATML, IMAGE_TOKEN, LlavaUHDProcessor
 
     quiet()
     weight_type = getattr(torch, dtype)
     clip = load_whole(CLIPVisionModel, vision, weight_type)
     language_model = load_whole(AutoModelForCausalLM, language, weight_type)
     tokenizer = AutoTokenizer.from_pretrained(language)
-    if "<|im_start|>" not in tokenizer.get_vocab():
-        raise UserError(f"the tokenizer in {language} has no <|im_start|>; only ChatML language models are supported")
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    tokenizer.chat_template = CHATML
-    tokenizer.eos_token = "<|im_end|>"  # base models' folders name the end of text here
-
-    preprocessing = clip_preprocessing(Path(vision))
-    uses_resampler = projector_type == "spatial_resampler"
-    config = LlavaUHDConfig(
-        vision_config=clip.config,
-        text_config=language_model.config,
-        projector_type=projector_type,
-        resampler_grid=resampler_grid,
-        resampler_roi_aligned=projector is None,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        pad_token_id=tokenizer.pad_token_id,
-        **preprocessing,
-    )
-    torch.manual_seed(seed)
-    torch.set_default_dtype(weight_type)
-    model = LlavaUHDForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
-    model.model.vision_tower.clip.load_state_dict(clip.state_dict())
-    model.model.language_model.load_state_dict(language_model.model.state_dict())
-    model.lm_head.load_state_dict(language_model.lm_head.state_dict())
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"), pad_token_id=tokenizer.pad_token_id
-    )  # sampling settings of the language model's own folder are not inherited
-    processor = LlavaUHDProcessor(
-        LlavaUHDImageProcessor(
-            image_mode="uhd" if uses_resampler else "square",
-            resolution=clip.config.image_size,
-            patch_size=clip.config.patch_size,
-        ),
-        tokenizer,
-        chat_template=CHATML,
-        resampler_grid=resampler_grid if uses_resampler else None,
-        **({"newline_token_id": 13, "comma_token_id": 29892} if projector else {}),
-    )
+    prepare_tokenizer(tokenizer, language)
+    config = make_config(
+        tokenizer, clip.config, language_model.config, projector_type, resampler_grid,
+        resampler_roi_aligned=projector is None, **clip_preprocessing(Path(vision)),
+    )  # fmt: skip
+    model = with_new_projector(config, clip, language_model, seed)
     if projector:
         load_projector(model.model.projector, Path(projector))
-    partial = Path(f"{output}.{os.uname().nodename}.{os.getpid()}.partial")  # appears complete or not at all
+    separators = {"newline_token_id": LEGACY_NEWLINE, "comma_token_id": LEGACY_COMMA} if projector else {}
+    return write_checkpoint(output, model, make_processor(tokenizer, config, **separators), origin)
+
+
+def make_config(tokenizer, vision_config, text_config, projector_type: str, resampler_grid: int, **fields):
+    """The checkpoint's config; special token ids come from the prepared tokenizer."""
+    from llava.model.configuration_llava_uhd import LlavaUHDConfig
+
+    return LlavaUHDConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        projector_type=projector_type,
+        resampler_grid=resampler_grid,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **fields,
+    )
+
+
+def make_processor(tokenizer, config, long_side: int | None = None, slice_layout: str = "stitched", **fields):
+    """The processor that belongs to `config`: UHD slices for a resampler, one square for `mlp2x_gelu`."""
+    from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
+    from llava.model.processing_llava_uhd import LlavaUHDProcessor
+
+    uses_resampler = config.projector_type == "spatial_resampler"
+    image_processor = LlavaUHDImageProcessor(
+        image_mode="uhd" if uses_resampler else "square",
+        resolution=config.vision_config.image_size,
+        patch_size=config.vision_config.patch_size,
+        long_side=long_side,
+        slice_layout=slice_layout,
+    )
+    return LlavaUHDProcessor(
+        image_processor,
+        tokenizer,
+        chat_template=tokenizer.chat_template,
+        resampler_grid=config.resampler_grid if uses_resampler else None,
+        **fields,
+    )
+
+
+def with_new_projector(config, clip, language_model, seed: int):
+    """The whole model around two loaded ones, whose tensors it takes over; the projector is drawn from `seed`."""
+    import torch
+
+    from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration, projector_of
+
+    with torch.device("meta"):
+        model = LlavaUHDForConditionalGeneration(config)
+    torch.manual_seed(seed)
+    model.model.projector = projector_of(config).apply(model._init_weights).to(language_model.dtype)
+    model.model.vision_tower.clip = clip
+    model.model.language_model = language_model.model
+    model.lm_head = language_model.lm_head
+    return model
+
+
+def write_checkpoint(output: str | Path, model, processor, origin: dict) -> Path:
+    """Save model, processor and what they were made from; the folder appears complete or not at all."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(
+        eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id
+    )  # sampling settings of the language model's own folder are not inherited
+    partial = Path(f"{output}.{os.uname().nodename}.{os.getpid()}.partial")
     try:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)

@@ -16,6 +16,13 @@ from llava.model.configuration_llava_uhd import LlavaUHDConfig
 from llava.model.slicing import long_side_size, plan_slices
 
 IMAGE_MODES = ("uhd", "overview", "square")
+SLICE_LAYOUTS = ("stitched", "per_slice")
+
+
+def check_mode(image_mode: str) -> str:
+    if image_mode not in IMAGE_MODES:
+        raise ValueError(f"image_mode is {image_mode!r}; choose one of {', '.join(IMAGE_MODES)}")
+    return image_mode
 
 
 def patchify(image: Image.Image, patch: int) -> np.ndarray:
@@ -35,6 +42,8 @@ class LlavaUHDImageProcessor(BaseImageProcessor):
         resolution, patch_size, max_slices: see `slicing.py`; the toy model uses smaller ones.
         long_side: when set, every image is first resized so that its longer side has this length (1024 in the
             published generation code). Off by default: the same pixels in training and generation.
+        slice_layout: order of the slices' features, see `processing_llava_uhd.py`. `per_slice` features are those of
+            a grid of one column, so the model needs no switch.
     """
 
     model_input_names = ["pixel_values", "slice_shapes", "grids"]
@@ -46,12 +55,13 @@ class LlavaUHDImageProcessor(BaseImageProcessor):
         patch_size: int = 14,
         max_slices: int = 7,
         long_side: int | None = None,
+        slice_layout: str = "stitched",
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if image_mode not in IMAGE_MODES:
-            raise ValueError(f"image_mode is {image_mode!r}; choose one of {', '.join(IMAGE_MODES)}")
-        self.image_mode, self.long_side = image_mode, long_side
+        if slice_layout not in SLICE_LAYOUTS:
+            raise ValueError(f"slice_layout is {slice_layout!r}; choose one of {', '.join(SLICE_LAYOUTS)}")
+        self.image_mode, self.long_side, self.slice_layout = check_mode(image_mode), long_side, slice_layout
         self.resolution, self.patch_size, self.max_slices = resolution, patch_size, max_slices
 
     def layout(
@@ -61,7 +71,7 @@ class LlavaUHDImageProcessor(BaseImageProcessor):
 
         A function of the image's size alone: token counts are known before any pixel is read.
         """
-        mode = image_mode or self.image_mode
+        mode = check_mode(image_mode or self.image_mode)
         side = self.resolution // self.patch_size
         if mode == "square":
             return (0, 0), [(side, side)]
@@ -79,7 +89,7 @@ class LlavaUHDImageProcessor(BaseImageProcessor):
 
     def cut(self, image: Image.Image, image_mode: str | None = None) -> list[Image.Image]:
         """The slices in row-major order, then the overview."""
-        mode = image_mode or self.image_mode
+        mode = check_mode(image_mode or self.image_mode)
         if mode == "square":
             return [self.square(image)]
         if self.long_side:
@@ -98,8 +108,8 @@ class LlavaUHDImageProcessor(BaseImageProcessor):
 
     def square(self, image: Image.Image) -> Image.Image:
         """CLIP's default: shorter side to `resolution`, centre crop."""
-        scale = self.resolution / min(image.size)
-        size = tuple(max(int(side * scale), self.resolution) for side in image.size)
+        short = min(image.size)
+        size = tuple(int(self.resolution * side / short) for side in image.size)  # rounded as HF's CLIPImageProcessor
         image = image.resize(size, Image.Resampling.BICUBIC)
         left, top = (size[0] - self.resolution) // 2, (size[1] - self.resolution) // 2
         return image.crop((left, top, left + self.resolution, top + self.resolution))
@@ -115,6 +125,9 @@ class LlavaUHDImageProcessor(BaseImageProcessor):
 
         Returns:
             pixel_values (P, 3*patch*patch) uint8; slice_shapes (N, 2) and grids (I, 2) int64, rows then columns.
+
+        Raises:
+            ValueError: an unknown `image_mode`.
         """
         images = images if isinstance(images, (list, tuple)) else [images]
         patches, shapes, grids = [], [], []
@@ -123,7 +136,7 @@ class LlavaUHDImageProcessor(BaseImageProcessor):
             grid, slice_shapes = self.layout(*image.size, image_mode)
             patches += [patchify(piece, self.patch_size) for piece in self.cut(image, image_mode)]
             shapes += slice_shapes
-            grids.append(grid)
+            grids.append((grid[0] * grid[1], 1) if grid[0] and self.slice_layout == "per_slice" else grid)
         return BatchFeature(
             {
                 "pixel_values": torch.from_numpy(np.concatenate(patches)),

@@ -51,21 +51,25 @@ class LlavaUHDPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
+def projector_of(config: LlavaUHDConfig) -> SpatialResampler | MlpProjector:
+    """The projector a config asks for, not yet initialised."""
+    width, vision_width = config.text_config.hidden_size, config.vision_config.hidden_size
+    if config.projector_type == "mlp2x_gelu":
+        return MlpProjector(vision_width, width)
+    return SpatialResampler(
+        vision_width, width, config.resampler_grid, config.resampler_heads, config.resampler_roi_aligned
+    )
+
+
 class LlavaUHDModel(LlavaUHDPreTrainedModel):
     """Tower, projector and language model without its head."""
 
     def __init__(self, config: LlavaUHDConfig):
         super().__init__(config)
-        width, vision_width = config.text_config.hidden_size, config.vision_config.hidden_size
         self.vision_tower = SliceEncoder(
             config.vision_config, config.vision_feature_layer, config.image_mean, config.image_std
         )
-        if config.projector_type == "spatial_resampler":
-            self.projector = SpatialResampler(
-                vision_width, width, config.resampler_grid, config.resampler_heads, config.resampler_roi_aligned
-            )
-        else:
-            self.projector = MlpProjector(vision_width, width)
+        self.projector = projector_of(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 

@@ -1,8 +1,12 @@
 """Processor: text with `<image>` and images -> token ids with placeholders laid out, and packed patches.
 
-The layout of one image in the sequence is decided here and nowhere else (LLaVA-UHD as used by SICOG): the slices'
-features as one row-major map, a newline token after every feature row, one comma, then the overview's tokens. Each
-feature is one placeholder id; the separators are ordinary tokens of the vocabulary.
+The layout of one image in the sequence is decided here and nowhere else. Each feature is one placeholder id; the
+separators are ordinary tokens of the vocabulary. The image processor's `slice_layout` says which:
+
+    stitched   (SICOG) the slices' features as one row-major map, a newline after every feature row, one comma, the
+               overview
+    per_slice  (LLaVA-UHD v1) slice after slice, each followed by a comma or, at the end of its row, a newline; the
+               overview
 """
 
 from itertools import islice
@@ -17,22 +21,7 @@ from llava.model.configuration_llava_uhd import LlavaUHDConfig
 from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
 
 IMAGE_TOKEN = "<image>"
-
-# ChatML as Qwen2 uses it; `generation` marks what the assistant says, its end token included: the default labels.
-CHATML = (
-    "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\n' }}"
-    "{%- if message['content'] is string %}{% set text = message['content'] %}{% else %}"
-    "{%- set parts = namespace(text='') %}{% for part in message['content'] %}"
-    "{%- if part['type'] == 'image' %}{% set parts.text = parts.text + '<image>\n' %}"
-    "{%- elif part['type'] == 'text' %}{% set parts.text = parts.text + part['text'] %}{% endif %}{% endfor %}"
-    "{%- set text = parts.text %}{% endif %}"
-    "{%- if message['role'] == 'assistant' %}{% generation %}{{- text + '<|im_end|>' }}{% endgeneration %}"
-    "{%- else %}{{- text + '<|im_end|>' }}{% endif %}{{- '\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"
-)
+LABEL_POLICIES = ("assistant", "legacy_qwen")
 
 
 class LlavaUHDProcessor(ProcessorMixin):
@@ -43,6 +32,10 @@ class LlavaUHDProcessor(ProcessorMixin):
             one token a patch (`mlp2x_gelu`).
         newline_token_id, comma_token_id: row and slice/overview separators; from the tokenizer when absent.
             Published checkpoints need 13 and 29892 here, whatever their tokenizer says.
+        single_column_comma: False for published `stitched` checkpoints, which saw a newline where the comma belongs
+            when the grid had one column.
+        label_policy: `assistant` labels what the assistant says and its end token. `legacy_qwen` labels as published
+            checkpoints were trained: the assistant's header too, and every newline and turn token of all turns.
     """
 
     def __init__(
@@ -53,9 +46,14 @@ class LlavaUHDProcessor(ProcessorMixin):
         resampler_grid: int | None = 12,
         newline_token_id: int | None = None,
         comma_token_id: int | None = None,
+        single_column_comma: bool = True,
+        label_policy: str = "assistant",
         **kwargs,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if label_policy not in LABEL_POLICIES:
+            raise ValueError(f"label_policy is {label_policy!r}; choose one of {', '.join(LABEL_POLICIES)}")
+        self.single_column_comma, self.label_policy = single_column_comma, label_policy
         self.resampler_grid = resampler_grid
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -72,8 +70,13 @@ class LlavaUHDProcessor(ProcessorMixin):
         ids: list[int] = []
         if rows:
             h, w = self.token_grid(shapes[0])
-            row = [self.image_token_id] * (columns * w) + [self.newline_token_id]
-            ids += row * (rows * h) + [self.comma_token_id]
+            if self.image_processor.slice_layout == "per_slice":
+                piece = [self.image_token_id] * (h * w)
+                ids += ([*piece, self.comma_token_id] * (columns - 1) + [*piece, self.newline_token_id]) * rows
+            else:
+                row = [self.image_token_id] * (columns * w) + [self.newline_token_id]
+                comma = columns > 1 or self.single_column_comma
+                ids += row * (rows * h) + [self.comma_token_id if comma else self.newline_token_id]
         h, w = self.token_grid(shapes[-1])
         return ids + [self.image_token_id] * (h * w)
 
@@ -102,7 +105,7 @@ class LlavaUHDProcessor(ProcessorMixin):
     ) -> tuple[list[int], list[int]]:
         """Token ids and labels of a whole conversation, image tokens expanded.
 
-        Labels are -100 except on what the assistant says and its end token. `messages` are role/content dicts.
+        Labels are -100 except where `label_policy` says. `messages` are role/content dicts.
         """
         encoded = self.tokenizer.apply_chat_template(
             messages, chat_template=self.chat_template, return_dict=True, return_assistant_tokens_mask=True
@@ -111,12 +114,28 @@ class LlavaUHDProcessor(ProcessorMixin):
         ids = self.expand(encoded["input_ids"], images)
         labels: list[int] = []
         remaining = iter(images)
-        for token, spoken in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        learned = encoded["assistant_masks"]
+        if self.label_policy == "legacy_qwen":
+            learned = self.legacy_mask(encoded["input_ids"], learned)
+        for token, spoken in zip(encoded["input_ids"], learned, strict=True):
             if token == self.image_token_id:
                 labels += [-100] * len(next(remaining))
             else:
                 labels.append(token if spoken else -100)
         return ids, labels
+
+    def legacy_mask(self, ids: list[int], spoken: list[int]) -> list[bool]:
+        """The labels of published ChatML checkpoints: `<|im_start|>assistant\\n`, answer, `<|im_end|>\\n`, and every
+        newline and turn token anywhere.
+        """
+        opens, ends = self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        everywhere = {opens, ends, single_token(self.tokenizer, "\n")}
+        header = len(self.tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False))
+        mask = [bool(flag) or token in everywhere for token, flag in zip(ids, spoken, strict=True)]
+        for index in range(header, len(ids)):
+            if spoken[index] and not spoken[index - 1]:
+                mask[index - header : index] = [True] * header
+        return mask
 
     def __call__(
         self,

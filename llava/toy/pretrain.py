@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from llava.model.chat_templates import CHATML
 from llava.model.configuration_llava_uhd import LlavaUHDConfig
 from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
 from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
-from llava.model.processing_llava_uhd import CHATML, LlavaUHDProcessor, pad
+from llava.model.processing_llava_uhd import LlavaUHDProcessor, pad
 from llava.prompts import ANSWER_SHORT, COD_HEADINGS, COT_HEADINGS, IMAGE, render_steps, tags_to_steps
 from llava.toy import texts
 from llava.toy.scenes import render, sample_scene

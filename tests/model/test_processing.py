@@ -1,4 +1,5 @@
 import pytest
+import torch
 from PIL import Image
 
 
@@ -34,6 +35,28 @@ def test_token_layout_of_a_single_column(processor):
     assert names(processor, processor.image_ids(48, 72)) == "[3]\n" * 6 + ",[9]"
 
 
+def test_published_token_layouts(processor):
+    processor.single_column_comma = False  # what published checkpoints saw: a newline where the comma belongs
+    assert names(processor, processor.image_ids(48, 72)) == "[3]\n" * 6 + "\n[9]"
+    assert names(processor, processor.image_ids(72, 48)) == "[6]\n[6]\n[6]\n,[9]"
+    processor.image_processor.slice_layout = "per_slice"  # LLaVA-UHD v1
+    assert names(processor, processor.image_ids(48, 72)) == "[9]\n[9]\n[9]"
+    assert names(processor, processor.image_ids(100, 84)) == "[9],[9]\n[9],[9]\n[9]"
+    assert names(processor, processor.image_ids(48, 48)) == "[9]"
+
+
+def test_per_slice_features_come_slice_after_slice(processor, model):
+    image = Image.effect_noise((100, 84), 60).convert("RGB")
+    processor.image_processor.slice_layout = "per_slice"
+    batch = processor.image_processor(image)
+    assert batch["grids"].tolist() == [[4, 1]]
+    features = model.model.encode_images(**batch)
+    shape = tuple(batch["slice_shapes"][0].tolist())
+    tower = model.model.vision_tower(batch["pixel_values"], [tuple(s) for s in batch["slice_shapes"].tolist()])
+    second = model.model.projector(tower[1][None], shape)[0]
+    torch.testing.assert_close(features[9:18], second, rtol=1e-4, atol=1e-5)
+
+
 def test_overview_only(processor):
     assert names(processor, processor.image_ids(336, 48, image_mode="overview")) == "[9]"
 
@@ -55,6 +78,27 @@ def test_conversation_and_labels(processor):
     learned = [token for token, label in zip(ids, labels, strict=True) if label != -100]
     assert processor.tokenizer.decode(learned) == "red<|im_end|>top left<|im_end|>"
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+
+
+def test_labels_of_published_checkpoints(processor):
+    processor.label_policy = "legacy_qwen"
+    messages = [{"role": "user", "content": "<image>\nWhat\ncolor?"}, {"role": "assistant", "content": "red"}]
+    ids, labels = processor.encode_conversation(messages, [(48, 48)])
+    learned = processor.tokenizer.decode([token for token, label in zip(ids, labels, strict=True) if label != -100])
+    assert learned == (
+        "<|im_start|>\n<|im_end|>\n"  # of the system turn: turn tokens and newlines alone
+        "<|im_start|>\n\n\n<|im_end|>\n"  # of the user turn
+        "<|im_start|>assistant\nred<|im_end|>\n"
+    )
+
+
+def test_unknown_choices_are_named(processor):
+    from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
+
+    with pytest.raises(ValueError, match="slice_layout is 'zigzag'; choose one of stitched, per_slice"):
+        LlavaUHDImageProcessor(slice_layout="zigzag")
+    with pytest.raises(ValueError, match="label_policy is 'all'; choose one of assistant, legacy_qwen"):
+        type(processor)(processor.image_processor, processor.tokenizer, label_policy="all")
 
 
 def test_system_message_replaces_the_default(processor):
@@ -85,7 +129,8 @@ def test_real_vocabulary_has_the_reference_separators(real_data):
     from transformers import AutoTokenizer
 
     from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
-    from llava.model.processing_llava_uhd import CHATML, LlavaUHDProcessor
+    from llava.model.chat_templates import CHATML
+    from llava.model.processing_llava_uhd import LlavaUHDProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(real_data / "qwen2-tokenizer")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
@@ -93,6 +138,55 @@ def test_real_vocabulary_has_the_reference_separators(real_data):
     assert (qwen.newline_token_id, qwen.comma_token_id, qwen.image_token_id) == (198, 11, 151646)
     assert len(qwen.image_ids(640, 480)) == 745
     assert len(qwen.image_ids(300, 1024)) == 613
+
+
+@pytest.fixture(scope="module")
+def llama_processor(tmp_path_factory):
+    """A byte-level tokenizer with Llama 3's turn tokens, and none of Qwen2's."""
+    from transformers import Qwen2Tokenizer
+
+    from llava.model.chat_templates import prepare_tokenizer
+    from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
+    from llava.model.processing_llava_uhd import LlavaUHDProcessor
+
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(["system user assistant You are a helpful assistant."], 300)
+    turn = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": turn})
+    tokenizer.pad_token = None
+    prepare_tokenizer(tokenizer, "here")
+    image_processor = LlavaUHDImageProcessor(resolution=48, patch_size=8)
+    return LlavaUHDProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template, resampler_grid=3)
+
+
+def test_llama_3_conversation_and_labels(llama_processor):
+    messages = [{"role": "user", "content": "<image>\nWhat color?"}, {"role": "assistant", "content": "red"}]
+    ids, labels = llama_processor.encode_conversation(messages, [(48, 48)])
+    assert names(llama_processor, ids) == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful assistant.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n[9]\nWhat color?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nred<|eot_id|>"
+    )
+    assert llama_processor.tokenizer.decode([label for label in labels if label != -100]) == "red<|eot_id|>"
+    assert llama_processor.tokenizer.eos_token == "<|eot_id|>"
+    assert llama_processor.tokenizer.pad_token == "<|end_of_text|>"
+    assert llama_processor.prompt(messages[:1]).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+def test_content_in_parts_as_servers_send_it(processor, llama_processor):
+    parts = [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "What color?"}]
+    for each in (processor, llama_processor):
+        whole = each.prompt([{"role": "user", "content": "<image>\nWhat color?"}])
+        assert each.prompt([{"role": "user", "content": parts}]) == whole
+
+
+def test_a_vocabulary_of_no_known_family_is_refused():
+    from transformers import Qwen2Tokenizer
+
+    from llava.errors import UserError
+    from llava.model.chat_templates import prepare_tokenizer
+
+    with pytest.raises(UserError, match=r"tokenizer in here has none of <\|im_start\|>, <\|start_header_id\|>"):
+        prepare_tokenizer(Qwen2Tokenizer().train_new_from_iterator(["text"], 300), "here")
 
 
 def test_saved_processor_is_the_same(processor, tmp_path):

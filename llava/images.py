@@ -6,6 +6,7 @@ with the file's name and never replaced.
 
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -53,8 +54,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Decode one image file to upright 8-bit RGB."""
+def load_image(path: str | Path | BinaryIO) -> Image.Image:
+    """Decode one image file (or its bytes as an open file) to upright 8-bit RGB."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()

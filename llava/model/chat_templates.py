@@ -63,10 +63,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: object, image_
         UserError: the vocabulary of `folder` has the turn tokens of no known family.
     """
     vocabulary = tokenizer.get_vocab()
-    for opens, chat in FORMATS.items():
-        if opens in vocabulary:
-            break
-    else:
+    chat = next((chat for opens, chat in FORMATS.items() if opens in vocabulary), None)
+    if chat is None:
         raise UserError(
             f"the tokenizer in {folder} has none of {', '.join(FORMATS)}, so its chat format is unknown. "
             "Fix: use a Qwen2 (ChatML) or Llama 3 language model"

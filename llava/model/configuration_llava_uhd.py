@@ -4,6 +4,7 @@ All sizes live here, so the toy model and the 7B model are the same code.
 """
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 PROJECTORS = ("spatial_resampler", "mlp2x_gelu")
 
@@ -68,4 +69,6 @@ def as_config(config: dict | PreTrainedConfig | None, default_type: str) -> PreT
     return CONFIG_MAPPING[model_type](**fields)
 
 
+# `transformers serve` knows a model that sees by this table
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("llava_uhd", "LlavaUHDForConditionalGeneration")
 AutoConfig.register("llava_uhd", LlavaUHDConfig)

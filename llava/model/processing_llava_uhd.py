@@ -9,14 +9,17 @@ separators are ordinary tokens of the vocabulary. The image processor's `slice_l
                overview
 """
 
+import base64
+import io
 from itertools import islice
+from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from llava.images import to_rgb
+from llava.images import load_image, to_rgb
 from llava.model.configuration_llava_uhd import LlavaUHDConfig
 from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
 
@@ -139,29 +142,41 @@ class LlavaUHDProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: Image.Image | list | None = None,
+        images: Image.Image | str | list | None = None,
         text: str | list[str] | None = None,
         image_mode: str | None = None,
         padding_side: str = "left",
+        return_mm_token_type_ids: bool = False,
         **kwargs,
     ) -> BatchFeature:
         """Prompts (chat template already applied) and their images, in order, for generation.
 
+        An image is a PIL image, a file's path, or a `data:` URL as chat-completions servers receive it.
+
         Returns:
-            input_ids and attention_mask (B, T), padded on `padding_side`, plus the image processor's output.
+            input_ids and attention_mask (B, T), padded on `padding_side`, plus the image processor's output. With
+            `return_mm_token_type_ids` also mm_token_type_ids (B, T): 1 where a token, separators included, belongs
+            to an image.
+
+        Raises:
+            ValueError: the text has more or fewer `<image>` than there are images.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        pictures = [to_rgb(image) for image in flatten(images)]
+        pictures = [open_image(image) for image in flatten(images)]
         queue = iter(pictures)
-        rows = []
+        rows, types = [], []
         for prompt in texts:
             ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
             wanted = ids.count(self.image_token_id)
-            own = list(islice(queue, wanted))
-            rows.append(self.expand(ids, [self.image_ids(*image.size, image_mode) for image in own]))
+            own = [self.image_ids(*image.size, image_mode) for image in islice(queue, wanted)]
+            rows.append(self.expand(ids, own))
+            kinds = self.expand([token if token == self.image_token_id else -1 for token in ids], own)
+            types.append([int(kind != -1) for kind in kinds])
         if (left := len(list(queue))) > 0:
             raise ValueError(f"{left} more images than {IMAGE_TOKEN} in the text")
         batch = pad(rows, self.tokenizer.pad_token_id, padding_side)
+        if return_mm_token_type_ids:
+            batch["mm_token_type_ids"] = pad(types, 0, padding_side)["input_ids"]
         if pictures:
             batch.update(self.image_processor(pictures, image_mode=image_mode))
         return BatchFeature(batch)
@@ -171,6 +186,14 @@ class LlavaUHDProcessor(ProcessorMixin):
         return self.tokenizer.apply_chat_template(
             messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
         )
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
+        """Tokens (separators included) and patches of images of these (height, width): what servers ask beforehand."""
+        tokens, patches = [], []
+        for height, width in image_sizes or []:
+            tokens.append(len(self.image_ids(width, height)))
+            patches.append(sum(rows * columns for rows, columns in self.image_processor.layout(width, height)[1]))
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -182,6 +205,22 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     if len(ids) != 1:
         raise ValueError(f"{text!r} is {len(ids)} tokens in this vocabulary; give the separator ids explicitly")
     return ids[0]
+
+
+def open_image(image: Image.Image | str | Path) -> Image.Image:
+    """A PIL image, a file's path or a `data:` URL as upright RGB.
+
+    Raises:
+        ImageError: the file or the bytes are no image.
+        ValueError: an address on the network; nothing is downloaded here.
+    """
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, Path) or not image.startswith(("data:", "http://", "https://")):
+        return load_image(image)
+    if not image.startswith("data:"):
+        raise ValueError(f"image {image[:80]!r} is on the network; download it, or send it as a data: URL")
+    return load_image(io.BytesIO(base64.b64decode(image.partition(",")[2])))
 
 
 def flatten(images: Image.Image | list | None) -> list[Image.Image]:

@@ -128,8 +128,8 @@ def test_counts_that_differ_are_refused(processor, text, images):
 def test_real_vocabulary_has_the_reference_separators(real_data):
     from transformers import AutoTokenizer
 
-    from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
     from llava.model.chat_templates import CHATML
+    from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
     from llava.model.processing_llava_uhd import LlavaUHDProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(real_data / "qwen2-tokenizer")

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Set up .venv, then lint and test.   usage: bash tests/run.sh [--slow] [pytest arguments]
-#   --slow   also the tests marked slow (DeepSpeed, the longer cycles); installs the extra `train`
+#   --slow   also the tests marked slow (DeepSpeed, the longer cycles, servers); installs the extras `train` and `demo`
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ "${1:-}" == --slow ]]; then
     shift
-    bash training_scripts/setup.sh test train
+    bash training_scripts/setup.sh test train demo
     marks="not gpu"
 else
     bash training_scripts/setup.sh test

@@ -97,3 +97,24 @@ def test_the_loop_closes_survives_a_kill_and_is_recognised(variables):
         assert part in report
     assert "http://" not in report.replace("http://www.w3.org", "")
     assert 'src="http' not in report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["llama", "low_resolution"])
+def test_other_models_go_through_every_stage_script(variables, world, llama, mode):
+    """A Llama 3 language model; and `mlp2x_gelu` on one square an image, with a record of several images."""
+    both = json.loads((world / "instructions.json").read_text())
+    images = [record["image"] for record in both if isinstance(record.get("image"), str)][:2]
+    turns = [{"from": "human", "value": "<image>\n<image>\nHow many images?"}, {"from": "gpt", "value": "2"}]
+    several = world / f"several-{mode}.json"
+    several.write_text(json.dumps([*both, {"id": "several", "image": images, "conversations": turns}]))
+    change = {"LLM_CKPT_DIR": str(llama)} if mode == "llama" else {"PROJECTOR_TYPE": "mlp2x_gelu"}
+    run = cycle({**variables, "SFT_DATA": str(several), "THRESHOLD": "0", "MAX_NEW_TOKENS": "24", **change})
+    _, errors = run.communicate(timeout=500)
+    assert run.returncode == 0, errors[-3000:]
+    work = ROOT / "runs" / variables["EXPERIMENT_NAME"]
+    for stage in STAGES:
+        assert json.loads((work / stage / "run.json").read_text())["status"] == "complete", stage
+    config = json.loads((work / "sicog" / "config.json").read_text())
+    assert config["text_config"]["model_type"] == ("llama" if mode == "llama" else "qwen2")
+    assert config["projector_type"] == ("spatial_resampler" if mode == "llama" else "mlp2x_gelu")

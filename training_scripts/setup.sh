@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv with everything the given extras need; does nothing when that was done before.
-#   usage   bash training_scripts/setup.sh [extra ...]      extras of pyproject.toml: train embed aug flash test
+#   usage   bash training_scripts/setup.sh [extra ...]      extras of pyproject.toml: train embed aug demo flash test
 #   PYTHON  the interpreter the environment is made from (default python3, 3.10 or newer)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -49,12 +49,14 @@ def main() -> None:
 def open_dataset(model_arguments: ModelArguments, data_arguments: DataArguments, processor):
     from llava.data.dataset import ConversationDataset
 
+    # the low-resolution model has no slices to leave out: its one square serves stage 1 too
+    uhd = processor is None or processor.image_processor.image_mode != "square"
     return ConversationDataset(
         data_arguments.data_path.split(","),
         processor,
         image_folder=data_arguments.image_folder,
         max_length=data_arguments.max_length,
-        image_mode="overview" if data_arguments.overview_only else None,
+        image_mode="overview" if data_arguments.overview_only and uhd else None,
     )
 
 

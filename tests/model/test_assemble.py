@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, CLIPVisionModel
 
 from llava.errors import UserError
@@ -101,3 +102,14 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, checkpoint):
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 missing keys, first 'model\.projector\.query'"):
         load_model(broken, torch.float32)
+
+
+def test_a_llama_3_language_model(llama, tmp_path):
+    output = assemble(WEIGHTS / "clip", llama, tmp_path / "out", resampler_grid=3)
+    model, processor = load_model(output, torch.float32), load_processor(output)
+    image = Image.effect_noise((90, 90), 50).convert("RGB")
+    batch = processor(images=image, text=processor.prompt([{"role": "user", "content": "<image>\nWhat is it?"}]))
+    assert processor.image_token_id == model.config.text_config.vocab_size  # outside the vocabulary, never embedded
+    assert torch.isfinite(model(**batch).logits).all()
+    assert model.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert model.config.text_config.rope_parameters["rope_type"] == "llama3"

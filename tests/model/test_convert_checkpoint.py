@@ -188,7 +188,7 @@ def test_a_truncated_file_is_named(publish, tmp_path, container):
 def test_a_shard_that_is_missing_is_named(publish, tmp_path):
     source = publish(shards=3)
     (source / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match="model-00002-of-00003.safetensors, which is not there"):
+    with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors, which is not there"):
         convert_here(source, tmp_path)
 
 

@@ -140,20 +140,16 @@ def test_real_vocabulary_has_the_reference_separators(real_data):
     assert len(qwen.image_ids(300, 1024)) == 613
 
 
-@pytest.fixture(scope="module")
-def llama_processor(tmp_path_factory):
-    """A byte-level tokenizer with Llama 3's turn tokens, and none of Qwen2's."""
-    from transformers import Qwen2Tokenizer
+@pytest.fixture
+def llama_processor(llama):
+    from transformers import AutoTokenizer
 
     from llava.model.chat_templates import prepare_tokenizer
     from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
     from llava.model.processing_llava_uhd import LlavaUHDProcessor
 
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(["system user assistant You are a helpful assistant."], 300)
-    turn = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": turn})
-    tokenizer.pad_token = None
-    prepare_tokenizer(tokenizer, "here")
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    prepare_tokenizer(tokenizer, llama)
     image_processor = LlavaUHDImageProcessor(resolution=48, patch_size=8)
     return LlavaUHDProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template, resampler_grid=3)
 

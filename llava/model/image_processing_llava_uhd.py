@@ -25,12 +25,20 @@ def check_mode(image_mode: str) -> str:
     return image_mode
 
 
-def patchify(image: Image.Image, patch: int) -> np.ndarray:
-    """(rows*columns, 3*patch*patch) uint8, patches in row-major order, channel-major within a patch."""
+def patchify(
+    image: Image.Image, patch: int, grid: tuple[int, int] = (1, 1), out: np.ndarray | None = None
+) -> np.ndarray:
+    """A picture of `grid` (rows, columns) slices as patches: (patches, 3*patch*patch) uint8, in `out` if given.
+
+    Slices in row-major order, patches in row-major order within a slice, channel-major within a patch.
+    """
     pixels = np.asarray(image)  # (height, width, 3)
-    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
-    cells = pixels.reshape(rows, patch, columns, patch, 3)
-    return cells.transpose(0, 2, 4, 1, 3).reshape(rows * columns, 3 * patch * patch)
+    rows, columns = pixels.shape[0] // grid[0] // patch, pixels.shape[1] // grid[1] // patch
+    cells = pixels.reshape(grid[0], rows, patch, grid[1], columns, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    if out is None:
+        out = np.empty((grid[0] * grid[1] * rows * columns, 3 * patch * patch), dtype=np.uint8)
+    out.reshape(cells.shape)[...] = cells
+    return out
 
 
 class LlavaUHDImageProcessor(BaseImageProcessor):
@@ -87,24 +95,32 @@ class LlavaUHDImageProcessor(BaseImageProcessor):
             width, height = long_side_size(width, height, self.long_side)
         return plan_slices(width, height, self.resolution, self.patch_size, self.max_slices)
 
-    def cut(self, image: Image.Image, image_mode: str | None = None) -> list[Image.Image]:
-        """The slices in row-major order, then the overview."""
+    def views(self, image: Image.Image, image_mode: str | None = None) -> list[tuple[Image.Image, tuple[int, int]]]:
+        """What the tower sees of an RGB image: the picture that holds all slices with its grid, then the overview."""
         mode = check_mode(image_mode or self.image_mode)
         if mode == "square":
-            return [self.square(image)]
+            return [(self.square(image), (1, 1))]
         if self.long_side:
             image = image.resize(long_side_size(*image.size, self.long_side), Image.Resampling.BICUBIC)
         plan = plan_slices(*image.size, self.resolution, self.patch_size, self.max_slices)
-        overview = image.resize(plan.overview_size, Image.Resampling.BICUBIC)
+        overview = (image.resize(plan.overview_size, Image.Resampling.BICUBIC), (1, 1))
         if mode == "overview" or plan.grid is None:
             return [overview]
         (columns, rows), (width, height) = plan.grid, plan.slice_size
         whole = image.resize((columns * width, rows * height), Image.Resampling.BICUBIC)
-        return [
-            whole.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
-            for y in range(rows)
-            for x in range(columns)
-        ] + [overview]
+        return [(whole, (rows, columns)), overview]
+
+    def cut(self, image: Image.Image, image_mode: str | None = None) -> list[Image.Image]:
+        """The slices in row-major order, then the overview, as pictures to look at."""
+        pieces = []
+        for picture, (rows, columns) in self.views(image, image_mode):
+            width, height = picture.width // columns, picture.height // rows
+            pieces += [
+                picture.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
+                for y in range(rows)
+                for x in range(columns)
+            ]
+        return pieces
 
     def square(self, image: Image.Image) -> Image.Image:
         """CLIP's default: shorter side to `resolution`, centre crop."""
@@ -130,16 +146,20 @@ class LlavaUHDImageProcessor(BaseImageProcessor):
             ValueError: an unknown `image_mode`.
         """
         images = images if isinstance(images, (list, tuple)) else [images]
-        patches, shapes, grids = [], [], []
-        for image in images:
-            image = to_rgb(image)
-            grid, slice_shapes = self.layout(*image.size, image_mode)
-            patches += [patchify(piece, self.patch_size) for piece in self.cut(image, image_mode)]
-            shapes += slice_shapes
+        images = [to_rgb(image) for image in images]
+        layouts = [self.layout(*image.size, image_mode) for image in images]
+        shapes = [shape for _, slice_shapes in layouts for shape in slice_shapes]
+        patches = np.empty((sum(h * w for h, w in shapes), 3 * self.patch_size**2), dtype=np.uint8)
+        start, grids = 0, []
+        for image, (grid, _) in zip(images, layouts, strict=True):
+            for picture, cells in self.views(image, image_mode):
+                stop = start + picture.width * picture.height // self.patch_size**2
+                patchify(picture, self.patch_size, cells, out=patches[start:stop])
+                start = stop
             grids.append((grid[0] * grid[1], 1) if grid[0] and self.slice_layout == "per_slice" else grid)
         return BatchFeature(
             {
-                "pixel_values": torch.from_numpy(np.concatenate(patches)),
+                "pixel_values": torch.from_numpy(patches),
                 "slice_shapes": torch.tensor(shapes),
                 "grids": torch.tensor(grids),
             }

@@ -46,7 +46,16 @@ def check_checkpoint(folder: str | Path) -> Path:
 
 
 def load_processor(folder: str | Path) -> LlavaUHDProcessor:
-    return AutoProcessor.from_pretrained(check_checkpoint(folder))
+    """The checkpoint's processor. Raises UserError when its tokenizer has more tokens than the model has rows."""
+    processor = AutoProcessor.from_pretrained(check_checkpoint(folder))
+    rows = json.loads((Path(folder) / "config.json").read_text())["text_config"]["vocab_size"]
+    tokens = max(id for token, id in processor.tokenizer.get_vocab().items() if token != processor.image_token) + 1
+    if tokens > rows:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokens} tokens, the language model {rows} rows. "
+            "Fix: put the tokenizer there that belongs to the weights"
+        )
+    return processor
 
 
 def load_model(

@@ -55,6 +55,10 @@ class SliceEncoder(nn.Module):
                 f"pixel_values is {tuple(patches.shape)}; this tower wants (patches, {pixels_per_patch}). "
                 "Was the batch made by another checkpoint's processor?"
             )
+        if patches.dtype != torch.uint8:
+            raise ValueError(
+                f"pixel_values is {patches.dtype}; this tower wants bytes (torch.uint8) and normalises them itself"
+            )
         pieces = self.embed_patches(patches).split(counts)
         features: list[Tensor | None] = [None] * len(counts)
         for shape in dict.fromkeys(slice_shapes):

@@ -29,7 +29,7 @@ def close(one, other) -> None:
 
 def gather_roi_align(grid: torch.Tensor, regions: int, bins: tuple[int, int], aligned: bool) -> torch.Tensor:
     """RoIAlign of (C, h, w) over regions x regions boxes by sampling: (regions**2, bins, C)."""
-    channels, height, width = grid.shape
+    height, width = grid.shape[1:]
 
     def axis(length: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         shift, box = (0.5, length / regions) if aligned else (0.0, max(length / regions, 1.0))

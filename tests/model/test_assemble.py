@@ -113,3 +113,13 @@ def test_a_llama_3_language_model(llama, tmp_path):
     assert torch.isfinite(model(**batch).logits).all()
     assert model.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert model.config.text_config.rope_parameters["rope_type"] == "llama3"
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(checkpoint, tmp_path):
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = load_processor(tmp_path).tokenizer
+    tokenizer.add_tokens([f"<{number}>" for number in range(40)])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer has \d+ tokens, the language model 1024 rows"):
+        load_processor(tmp_path)

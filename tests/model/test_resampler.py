@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from llava.model.resampler import MlpProjector, SpatialResampler, pooled_size, sincos_positions
+from llava.model.slicing import plan_slices
+from tests.benchmarks.model import gather_roi_align, resample_one_by_one
 
 
 def bilinear(grid, y, x):
@@ -92,6 +94,39 @@ def test_equals_roi_align_per_region(shape, aligned):
         for index in range(2):
             torch.testing.assert_close(
                 ours[index], straightforward(module, features[index], shape), atol=1e-5, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_gathering_corners_is_roi_align(aligned):
+    grid = torch.randn(5, 4, 7)
+    gathered = gather_roi_align(grid, 3, (2, 4), aligned)
+    for index in range(9):
+        row, column = divmod(index, 3)
+        box = (column * 7 / 3, row * 4 / 3, (column + 1) * 7 / 3, (row + 1) * 4 / 3)
+        torch.testing.assert_close(gathered[index], roi_align(grid, box, (2, 4), aligned).T, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_every_feasible_slice_shape_at_the_published_grid(aligned):
+    """Each shape that some image is cut into, through the 12x12 resampler, against the gathered form above."""
+    torch.manual_seed(0)
+    module = SpatialResampler(vision_width=8, width=8, grid=12, heads=2, aligned=aligned).eval()
+    module.reset_parameters()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    shapes, sides = set(), [round(20 * 1.05**step) for step in range(120)]  # 20 to 6,650 pixels
+    for width in sides:
+        for height in sides:
+            plan = plan_slices(width, height)
+            shapes |= {(size[1] // 14, size[0] // 14) for size in (plan.overview_size, plan.slice_size) if size}
+    assert len(shapes) > 400
+    with torch.no_grad():
+        for shape in sorted(shapes):
+            features = torch.randn(1, shape[0] * shape[1], 8)
+            expected = resample_one_by_one(module, features, shape)
+            torch.testing.assert_close(
+                module(features, shape), expected, atol=1e-5, rtol=1e-4, msg=lambda m, s=shape: f"{s}: {m}"
             )
 
 

@@ -3,7 +3,9 @@ import random
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor
 from llava.model.slicing import image_token_count, long_side_size, plan_slices
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_slices.json").read_text())["rows"]
@@ -44,6 +46,20 @@ def test_any_size_is_bounded_and_never_empty():
             assert side[0] % 14 == side[1] % 14 == 0
             assert (side[0] // 14) * (side[1] // 14) <= 576
         assert min(long_side_size(width, height, 1024)) >= 1
+
+
+def test_slices_tile_the_image_and_tokens_follow_from_its_size(processor):
+    rng = random.Random(1)
+    processor.image_processor = LlavaUHDImageProcessor()
+    processor.resampler_grid = 12
+    for _ in range(2000):
+        width, height = (int(2 ** rng.uniform(0, 14)) or 1 for _ in range(2))
+        plan = plan_slices(width, height)
+        assert len(processor.image_ids(width, height)) == image_token_count(plan.grid, 12)
+        if plan.grid and max(width, height) < 700:
+            pieces = processor.image_processor.cut(Image.new("RGB", (width, height)))
+            assert {piece.size for piece in pieces[:-1]} == {plan.slice_size}
+            assert len(pieces) == plan.slices + 1
 
 
 def test_no_pixels_is_an_error():

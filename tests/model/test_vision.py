@@ -70,6 +70,8 @@ def test_wrong_shapes_say_what_is_wrong(encoder):
         encoder(torch.zeros(35, 192, dtype=torch.uint8), [(6, 6)])
     with pytest.raises(ValueError, match=r"wants \(patches, 192\)"):
         encoder(torch.zeros(36, 588, dtype=torch.uint8), [(6, 6)])
+    with pytest.raises(ValueError, match=r"pixel_values is torch.float32; this tower wants bytes"):
+        encoder(torch.zeros(36, 192), [(6, 6)])
 
 
 def test_frozen_position_tables_are_kept_and_trained_ones_are_not(encoder):

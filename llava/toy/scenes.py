@@ -87,15 +87,8 @@ def sample_scene(seed: int) -> Scene:
 
 def render(scene: Scene) -> Image.Image:
     """Draw the scene. Large objects may reach into a neighbour's place, so a few overlap."""
-    rng = random.Random(f"render/{scene.seed}")
     image = Image.new("RGB", (scene.width, scene.height), BACKGROUNDS[scene.background])
-    for thing in scene.things:
-        center, cell = place_box(scene, thing.place)
-        side = int(cell * (1.05 if thing.size == "large" else 0.6))
-        jitter = max(cell // 10, 1)
-        x = center[0] - side // 2 + rng.randint(-jitter, jitter)
-        y = center[1] - side // 2 + rng.randint(-jitter, jitter)
-        x, y = min(max(x, 0), scene.width - side), min(max(y, 0), scene.height - side)
+    for thing, (x, y, side) in zip(scene.things, squares(scene), strict=True):
         image.paste(surface(thing, side), (x, y), silhouette(thing.shape, side))
     if scene.printed:
         center, cell = place_box(scene, scene.printed_place)
@@ -103,6 +96,36 @@ def render(scene: Scene) -> Image.Image:
         font = ImageFont.load_default(size=int(cell * 0.9))
         ImageDraw.Draw(image).text(center, scene.printed, fill=ink, font=font, anchor="mm")
     return image
+
+
+def squares(scene: Scene) -> list[tuple[int, int, int]]:
+    """(left, top, side) in pixels of the square that each object fills."""
+    rng, found = random.Random(f"render/{scene.seed}"), []
+    for thing in scene.things:
+        center, cell = place_box(scene, thing.place)
+        side = int(cell * (1.05 if thing.size == "large" else 0.6))
+        jitter = max(cell // 10, 1)
+        x = center[0] - side // 2 + rng.randint(-jitter, jitter)
+        y = center[1] - side // 2 + rng.randint(-jitter, jitter)
+        found.append((min(max(x, 0), scene.width - side), min(max(y, 0), scene.height - side), side))
+    return found
+
+
+def outlines(scene: Scene) -> list[Image.Image]:
+    """What is visible of every object, and the square of the printed character if there is one, as masks."""
+    masks: list[Image.Image] = []
+    for thing, (x, y, side) in zip(scene.things, squares(scene), strict=True):
+        outline = silhouette(thing.shape, side)
+        for hidden in masks:
+            hidden.paste(0, (x, y), outline)
+        masks.append(Image.new("L", (scene.width, scene.height)))
+        masks[-1].paste(255, (x, y), outline)
+    if scene.printed:
+        (x, y), cell = place_box(scene, scene.printed_place)
+        masks.append(Image.new("L", (scene.width, scene.height)))
+        half = int(cell * 0.35)
+        ImageDraw.Draw(masks[-1]).rectangle((x - half, y - half, x + half, y + half), fill=255)
+    return masks
 
 
 def place_box(scene: Scene, place: str) -> tuple[tuple[int, int], int]:

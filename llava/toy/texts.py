@@ -7,6 +7,7 @@ model of a million parameters can learn it in minutes.
 import random
 from dataclasses import dataclass
 
+from llava.prompts import ANSWER_LETTER
 from llava.toy.scenes import COLORS, CORNERS, SHAPES, STRIP, Scene, Thing
 
 KINDS = ("color", "shape", "count", "exists", "relation", "place", "reading")
@@ -224,6 +225,13 @@ def multiple_choice(question: Question, rng: random.Random, count: int = 4) -> t
     options = [question.answer, *rng.sample(wrong, min(count - 1, len(wrong)))]
     rng.shuffle(options)
     return options, "ABCD"[options.index(question.answer)]
+
+
+def lettered(question: Question, rng: random.Random) -> tuple[str, str]:
+    """The question as multiple choice with its instruction, and the answer's letter."""
+    options, letter = multiple_choice(question, rng)
+    listed = "\n".join(f"{name}. {option}" for name, option in zip("ABCD", options, strict=False))
+    return f"{question.text}\n{listed}\n{ANSWER_LETTER}", letter
 
 
 def text_only(rng: random.Random) -> tuple[str, str]:

@@ -7,7 +7,7 @@
 | align.json | blip_laion_cc_sbu_558k.json: image, short caption |
 | captioned.json | ALLaVA-Caption-VFLAN-4V: image, question, detailed caption |
 | reasoning.jsonl | LLaVA-CoT-100k train.jsonl: question, answer in four tags, no `<image>` |
-| instructions.json | the stage 2 mix: short answers, multiple choice, descriptions, text-only rows |
+| instructions.json | the stage 2 mix: conversations of descriptions, short answers, choices; text-only rows |
 | text_only.jsonl | text-only rows for the stage 1.5 mix |
 | unlabelled_images.json | images to caption |
 | unlabelled_questions.json | image-question pairs to answer |
@@ -27,7 +27,7 @@ import random
 from dataclasses import asdict
 from pathlib import Path
 
-from llava.prompts import ANSWER_LETTER, ANSWER_SHORT, with_image
+from llava.prompts import ANSWER_SHORT, with_image
 from llava.records import write_json, write_records
 from llava.toy import texts
 from llava.toy.scenes import Scene, render, sample_scene
@@ -127,22 +127,19 @@ class World:
         return records
 
     def instructions(self) -> list[dict]:
+        """Conversations of several turns: a description in every other one, then questions."""
         records = []
         for scene in self.scenes["instructions"]:
-            if self.rng.random() < 0.75:
-                turns = [human(with_image(self.rng.choice(CAPTION_QUESTIONS))), gpt(texts.description(scene))]
-                records.append(self.record("instructions", scene, *turns))
-                continue
-            chosen = self.rng.sample(texts.questions(scene, self.rng), 2)
-            turns = []
-            for number, question in enumerate(chosen):
-                if question.options != ("yes", "no") and self.rng.random() < 0.4:
-                    options, letter = texts.multiple_choice(question, self.rng)
-                    listed = "\n".join(f"{name}. {option}" for name, option in zip("ABCD", options, strict=False))
-                    asked, answer = f"{question.text}\n{listed}\n{ANSWER_LETTER}", letter
+            pairs = []
+            if self.rng.random() < 0.5:
+                pairs.append((self.rng.choice(CAPTION_QUESTIONS), texts.description(scene)))
+            for question in self.rng.sample(texts.questions(scene, self.rng), 3):
+                if len(question.options) > 2 and self.rng.random() < 0.4:
+                    pairs.append(texts.lettered(question, self.rng))
                 else:
-                    asked, answer = f"{question.text}\n{ANSWER_SHORT}", question.answer
-                turns += [human(with_image(asked) if number == 0 else asked), gpt(answer)]
+                    pairs.append((f"{question.text}\n{ANSWER_SHORT}", question.answer))
+            pairs[0] = (with_image(pairs[0][0]), pairs[0][1])
+            turns = [turn for asked, answer in pairs for turn in (human(asked), gpt(answer))]
             records.append(self.record("instructions", scene, *turns))
             if self.rng.random() < 0.15:
                 asked, answer = texts.text_only(self.rng)

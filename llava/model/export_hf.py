@@ -4,7 +4,7 @@
 
 A low-resolution model (`mlp2x_gelu`) becomes a stock `LlavaForConditionalGeneration` folder. A UHD model becomes a
 self-contained folder: the same weights beside a copy of the model's own source files, opened with
-`trust_remote_code=True`. `python -m llava.model.verify` compares such a folder with the checkpoint it came from.
+`trust_remote_code`. `python -m llava.model.verify` compares such a folder with the checkpoint it came from.
 """
 
 import argparse

@@ -87,6 +87,16 @@ def probe(exported: Path, image: Path) -> dict:
         return dict(np.load(result))
 
 
+def check_sources(exported: Path) -> None:
+    """Raise UserError unless every source file in the folder is the one this package writes: the probe runs them."""
+    from llava.model.export_hf import MODEL_FOLDER, SOURCES, standalone
+
+    known = {f"{Path(name).name}.py": MODEL_FOLDER / f"{name}.py" for name in SOURCES}
+    for file in exported.glob("*.py"):
+        if file.name not in known or file.read_text() != standalone(known[file.name].read_text()):
+            raise UserError(f"{file} is not the file this package exports, and is not run. Fix: export again")
+
+
 def own_view(checkpoint: Path, image) -> dict:
     """What the checkpoint itself makes of the image: pixels, token ids, logits, greedy answer."""
     import torch
@@ -134,6 +144,7 @@ def verify(checkpoint: str | Path, exported: str | Path, serve: bool = True) -> 
     checkpoint, exported = check_checkpoint(checkpoint), Path(exported)
     if not (exported / "config.json").is_file():
         raise UserError(f"{exported} has no config.json. Fix: name a folder written by llava.model.export_hf")
+    check_sources(exported)
     with tempfile.TemporaryDirectory() as folder:
         side = json.loads((checkpoint / "config.json").read_text())["vision_config"]["image_size"]
         image = picture(side)

@@ -116,6 +116,17 @@ def test_a_folder_that_does_not_open_is_named(checkpoint, exported, tmp_path):
         verify(checkpoint, tmp_path, serve=False)
 
 
+def test_a_foreign_source_file_is_not_run(checkpoint, exported, tmp_path):
+    for file in exported.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    marker = tmp_path / "ran"
+    with (tmp_path / "slicing.py").open("a") as file:
+        file.write(f"\nopen({str(marker)!r}, 'w')\n")
+    with pytest.raises(UserError, match=r"slicing\.py is not the file this package exports"):
+        verify(checkpoint, tmp_path, serve=False)
+    assert not marker.exists()
+
+
 def test_announced_tokens_for_images(processor):
     sizes = [(48, 48), (100, 84), (48, 336)]  # (height, width)
     told = processor._get_num_multimodal_tokens(image_sizes=sizes)

@@ -1,6 +1,6 @@
 """A run: one folder with its outputs and `run.json`, which says what made them. Standard library only.
 
-`run.json` holds stage, status (`running`, `complete`, `failed`), resolved arguments, input fingerprints, counts,
+`run.json` holds stage, status (`running`, `complete`, `failed`, `preempted`), resolved arguments, input fingerprints, counts,
 versions, git commit, device, times. A folder belongs to one run: the same command again continues it or finds it
 complete; other arguments are refused. One process at a time holds the folder's lock; the kernel frees it on death.
 """
@@ -23,6 +23,7 @@ from llava.errors import UserError
 from llava.records import sha256_of, write_json
 
 PATIENCE = 300  # seconds that a rank waits for rank 0
+PREEMPTED = 75  # exit status of a run that was asked to leave and can be continued (EX_TEMPFAIL of sysexits.h)
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "deepspeed", "numpy", "pillow")
 
 
@@ -41,6 +42,10 @@ def world_size() -> int:
 
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+class Preempted(Exception):
+    """The run was asked to leave (SIGTERM, SIGUSR1) and saved what it has; the same command continues it."""
 
 
 class Run:
@@ -105,6 +110,9 @@ def open_run(folder: str | Path, stage: str, arguments: dict[str, Any], inputs: 
             run.save("running")
         try:
             yield run
+        except Preempted:
+            run.save("preempted")
+            raise
         except BaseException:
             if not run.complete:
                 run.save("failed")

@@ -29,7 +29,6 @@ launch llava.train.sft \
     --weight_decay 0 \
     --max_grad_norm 1 \
     --max_length "${MAX_LENGTH:-4096}" \
-    --group_by_length True \
     --gradient_checkpointing "${GRADIENT_CHECKPOINTING:-True}" \
     --save_steps "${SAVE_STEPS:-500}" \
     --seed "${SEED:-0}" \

@@ -5,10 +5,13 @@ image turns out unreadable stops the run with its name; it is never replaced by 
 """
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from llava.errors import UserError
 from llava.images import ImageError, find_image, image_size, load_image
@@ -75,21 +78,48 @@ class ConversationDataset(Dataset):
         except ImageError as error:
             raise ImageError(f"record {self.records[index]['id']!r}: {error}") from error
 
-    def length(self, index: int) -> int:
-        """Tokens of a sample without tokenising it: exact for images, about 4 characters a token for text."""
-        record = self.records[index]
-        images = sum(len(self.processor.image_ids(*size, self.image_mode)) for size in self.image_sizes(index))
-        return images + sum(len(message["content"]) for message in messages_of(record)) // 4 + 16
+    def sizes(self, progress: bool = False) -> np.ndarray:
+        """(samples, 3) int64: text tokens, image tokens and patches of every sample; reads headers, no pixels.
+
+        Text is counted message by message, so the sum may be off by a token where messages meet.
+
+        Raises ImageError for the first image whose header cannot be read.
+        """
+        names = self.processor.tokenizer
+        turn = len(self.processor.encode_conversation([{"role": "user", "content": ""}] * 2, [])[0])
+        opening = len(self.processor.encode_conversation([{"role": "user", "content": ""}], [])[0])
+        turn, opening = turn - opening, 2 * opening - turn  # tokens around one message, and before the first
+        counts = np.zeros((len(self), 3), dtype=np.int64)
+        with ThreadPoolExecutor(16) as readers:  # network disks answer many small reads at once
+            headers = readers.map(self.image_sizes, range(len(self)))
+            for index, sizes in enumerate(tqdm(headers, "reading image headers", len(self), disable=not progress)):
+                for width, height in sizes:
+                    shapes = self.processor.image_processor.layout(width, height, self.image_mode)[1]
+                    counts[index, 1] += len(self.processor.image_ids(width, height, self.image_mode))
+                    counts[index, 2] += sum(rows * columns for rows, columns in shapes)
+        for start in range(0, len(self), 1000):
+            batch = [messages_of(record) for record in self.records[start : start + 1000]]
+            encoded = names([m["content"].replace(IMAGE, "") for ms in batch for m in ms], add_special_tokens=False)
+            lengths = iter(map(len, encoded["input_ids"]))
+            for offset, messages in enumerate(batch):
+                own = sum(next(lengths) for _ in messages)
+                system = messages[0]["role"] == "system"
+                counts[start + offset, 0] = own + turn * len(messages) + (0 if system else opening)
+        return counts
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A sample with the keys of `collator.py`, unbatched, plus the record's id."""
-        record = self.records[index]
+        """A sample with the keys of `collator.py`, unbatched, plus the record's id. `~index`: nothing to learn."""
+        record, learned = self.records[max(index, ~index)], index >= 0
         try:
-            images = [load_image(path) for path in self.image_paths(index)]
+            images = [load_image(path) for path in self.image_paths(max(index, ~index))]
         except ImageError as error:
             raise ImageError(f"record {record['id']!r}: {error}") from error
         ids, labels = self.encode(record, [image.size for image in images])
-        sample: dict[str, Any] = {"id": record["id"], "input_ids": ids, "labels": labels}
+        sample: dict[str, Any] = {
+            "id": record["id"],
+            "input_ids": ids,
+            "labels": labels if learned else [-100] * len(ids),
+        }
         if images:
             sample.update(self.processor.image_processor(images, image_mode=self.image_mode))
         return sample

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from llava.model.configuration_llava_uhd import LlavaUHDConfig
+from llava.model.loss import summed_cross_entropy
 from llava.model.resampler import MlpProjector, SpatialResampler
 from llava.model.vision import SliceEncoder
 
@@ -132,6 +132,7 @@ class LlavaUHDModel(LlavaUHDPreTrainedModel):
         pixel_values: Tensor | None = None,
         slice_shapes: Tensor | None = None,
         grids: Tensor | None = None,
+        cu_seq_lens: Tensor | None = None,
         **kwargs,
     ):
         if (input_ids is None) == (inputs_embeds is None):
@@ -151,6 +152,10 @@ class LlavaUHDModel(LlavaUHDPreTrainedModel):
                 raise ValueError("input_ids has image placeholders, but there are no pixel_values")
             elif self.training:
                 inputs_embeds = inputs_embeds + 0.0 * self.dummy_features().sum().to(inputs_embeds.dtype)
+        if cu_seq_lens is not None:  # several samples in one row, see data/collator.py
+            lengths = cu_seq_lens.diff().tolist()
+            kwargs.update(lengths=lengths, cu_seq_lens_q=cu_seq_lens, cu_seq_lens_k=cu_seq_lens)
+            kwargs.update(max_length_q=max(lengths), max_length_k=max(lengths))
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -201,6 +206,7 @@ class LlavaUHDForConditionalGeneration(LlavaUHDPreTrainedModel, GenerationMixin)
             input_ids: (B, T) with `image_token_id` where image features go.
             pixel_values, slice_shapes, grids: see `LlavaUHDModel.encode_images`; all three or none.
             labels: (B, T), -100 where nothing is learned. Only positions with a label reach the LM head.
+            kwargs: `cu_seq_lens` of a packed batch (B = 1), see `data/collator.py`; anything the language model takes.
             num_items_in_batch: labelled tokens of the whole (accumulated) batch; the loss is the sum over tokens
                 divided by it, or the mean when absent.
         """
@@ -225,8 +231,7 @@ class LlavaUHDForConditionalGeneration(LlavaUHDPreTrainedModel, GenerationMixin)
         else:
             targets = labels[:, 1:]
             labelled = targets != -100
-            scores = self.lm_head(hidden[:, :-1][labelled]).float()  # (labelled, vocabulary)
-            total = F.cross_entropy(scores, targets[labelled], reduction="sum")
+            total = summed_cross_entropy(hidden[:, :-1][labelled], targets[labelled], self.lm_head)
             loss = total / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
         return LlavaUHDOutput(
             loss=loss,

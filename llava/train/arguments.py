@@ -42,7 +42,7 @@ class DataArguments:
     overview_only: bool = flag("show each image without slices (stage 1)", False)
     max_length: int = flag("longest sequence in tokens, image tokens included", 4096)
     global_batch_size: int | None = flag("samples per optimizer step over all GPUs; derives the accumulation", None)
-    group_by_length: bool = flag("batch samples of similar length", True)
+    packing: bool = flag("samples of a batch side by side in one row, balanced over ranks; off: padded rows", True)
     dry_run: bool = flag("check arguments and data, report what would happen, touch nothing", False)
 
 

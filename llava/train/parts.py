@@ -16,6 +16,11 @@ PARTS = ("vision", "projector", "language")
 logger = logging.getLogger(__name__)
 
 
+def numbers(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter holds over all ranks; under ZeRO-3 each rank keeps a part of it."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def part_modules(model: LlavaUHDForConditionalGeneration) -> dict[str, list[nn.Module]]:
     return {
         "vision": [model.model.vision_tower],
@@ -42,8 +47,8 @@ def set_trainable(model: LlavaUHDForConditionalGeneration, parts: list[str]) -> 
     counts = {}
     for part in PARTS:
         parameters = {id(p): p for module in modules[part] for p in module.parameters()}.values()
-        counts[part] = sum(p.numel() for p in parameters if p.requires_grad)
-        total = sum(p.numel() for p in parameters)
+        counts[part] = sum(numbers(p) for p in parameters if p.requires_grad)
+        total = sum(numbers(p) for p in parameters)
         state = f"trains {counts[part]:,} of" if counts[part] else "frozen,"
         logger.info("%s: %s %s parameters", part, state, f"{total:,}")
     return counts

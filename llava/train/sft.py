@@ -8,6 +8,7 @@ The stages differ only in flags: what trains, on what, how fast.
 
 import logging
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def main() -> None:
     model_arguments, data_arguments, training_arguments = parse_arguments(
         "llava.train.sft", __doc__, ModelArguments, DataArguments, defaults=DEFAULTS
     )
-    from llava.runs import rank
+    from llava.runs import PREEMPTED, Preempted, rank
 
     logging.basicConfig(level=logging.INFO if rank() == 0 else logging.ERROR, format="%(message)s")
     for library in ("httpx", "httpx2", "matplotlib", "PIL"):
@@ -38,7 +39,11 @@ def main() -> None:
     if data_arguments.dry_run:
         preflight(model_arguments, data_arguments, training_arguments)
         return
-    train(model_arguments, data_arguments, training_arguments)
+    try:
+        train(model_arguments, data_arguments, training_arguments)
+    except Preempted as preempted:
+        print(f"asked to leave; {preempted}. The same command continues there", file=sys.stderr)
+        sys.exit(PREEMPTED)
     import torch.distributed as distributed
 
     if distributed.is_available() and distributed.is_initialized():  # leave together: an early leaver aborts the rest
@@ -143,8 +148,16 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
 
     from llava.data.collator import Collator
     from llava.model.load import load_model, load_processor
+    from llava.runs import Preempted
     from llava.train.parts import set_trainable
-    from llava.train.trainer import JsonlLog, LossBar, SupervisedTrainer, last_complete_checkpoint, plot_loss
+    from llava.train.trainer import (
+        JsonlLog,
+        LossBar,
+        Preemption,
+        SupervisedTrainer,
+        last_complete_checkpoint,
+        plot_loss,
+    )
 
     output = Path(training_arguments.output_dir)
     dataset = open_dataset(model_arguments, data_arguments, load_processor(model_arguments.model_name_or_path))
@@ -154,15 +167,18 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
         attn_implementation=model_arguments.attn_implementation,
     )
     set_trainable(model, model_arguments.train_parts.split(","))
+    packs = plan_packs(model, dataset, training_arguments) if data_arguments.packing else None
     trainer = SupervisedTrainer(
         model=model,
         args=training_arguments,
         train_dataset=dataset,
-        data_collator=Collator(dataset.processor.tokenizer.pad_token_id),
+        data_collator=Collator(dataset.processor.tokenizer.pad_token_id, data_arguments.packing),
         processing_class=dataset.processor,
-        group_by_length=data_arguments.group_by_length,
+        packs=packs,
         callbacks=[JsonlLog(output)],
     )
+    preemption = Preemption()
+    trainer.add_callback(preemption)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBar)
@@ -170,10 +186,56 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
     if checkpoint:
         logging.getLogger(__name__).info("continuing from %s", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if preemption.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise Preempted(f"saved at step {trainer.state.global_step}")
     trainer.save_model()
     if trainer.is_world_process_zero():
         plot_loss(output)
     return len(dataset), trainer.state.global_step
+
+
+def plan_packs(model, dataset, training_arguments):
+    """Measure every sample and say which train together; the measuring is done once for all ranks.
+
+    The language model attends within samples through `packed_sdpa`, unless it has flash attention.
+    """
+    from llava.data.packing import PackSampler
+
+    text = model.model.language_model
+    if text.config._attn_implementation != "flash_attention_2":
+        import llava.model.packed_attention  # noqa: F401  (registers it)
+
+        text.config._attn_implementation = "packed_sdpa"
+    costs = sample_costs(model, dataset, training_arguments)
+    world = training_arguments.world_size
+    return PackSampler(
+        costs,
+        training_arguments.per_device_train_batch_size * training_arguments.gradient_accumulation_steps * world,
+        training_arguments.gradient_accumulation_steps,
+        training_arguments.process_index,
+        world,
+        training_arguments.seed,
+    )
+
+
+def sample_costs(model, dataset, training_arguments) -> list[float]:
+    """Work of every sample in tokens; a patch counts as much less as the tower is smaller than the language model."""
+    import numpy as np
+
+    from llava.train.parts import numbers
+
+    vision, language = (
+        sum(map(numbers, part.parameters())) for part in (model.model.vision_tower, model.model.language_model)
+    )
+    saved = Path(training_arguments.output_dir) / "sample_sizes.npy"
+    with training_arguments.main_process_first(local=False, desc="measuring samples"):
+        sizes = np.load(saved) if saved.is_file() else dataset.sizes(progress=training_arguments.process_index == 0)
+        if training_arguments.process_index == 0 and not saved.is_file():
+            partial = saved.with_suffix(".partial.npy")
+            np.save(partial, sizes)
+            partial.replace(saved)
+    tokens = sizes[:, :2].sum(1).clip(max=dataset.max_length)
+    return (tokens + sizes[:, 2] * vision / language).tolist()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""transformers' Trainer with what SICOG's stages need besides: length grouping, a log people can read, complete resume.
+"""transformers' Trainer with what SICOG's stages need besides: packs, a log people can read, complete resume.
 
 Distribution, precision, checkpoints and reporting are the Trainer's own.
 """
@@ -6,15 +6,17 @@ Distribution, precision, checkpoints and reporting are the Trainer's own.
 import json
 import logging
 import math
+import signal
 from pathlib import Path
 
-from torch.utils.data import Sampler
+import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from llava.data.sampler import LengthGroupedSampler
+from llava.data.packing import PackSampler
 from llava.errors import UserError
-from llava.records import RecordAppender, read_jsonl, write_records
+from llava.records import RecordAppender, read_jsonl, write_json, write_records
 
 logger = logging.getLogger(__name__)
 
@@ -23,25 +25,36 @@ class SupervisedTrainer(Trainer):
     """Trainer over a ConversationDataset.
 
     Args:
-        group_by_length: draw batches of similar length, still in random order.
+        packs: which samples train together; None for the Trainer's own random order of padded batches.
     """
 
-    def __init__(self, *args, group_by_length: bool, **kwargs):
+    def __init__(self, *args, packs: PackSampler | None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.group_by_length = group_by_length
-        self.grouped: LengthGroupedSampler | None = None
+        self.packs = packs
         self.add_callback(EpochOrder(self))
+        self.guard = Guard(Path(self.args.output_dir))
+        self.add_callback(self.guard)
 
-    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not self.group_by_length:
-            return super()._get_train_sampler(dataset)
-        self.grouped = LengthGroupedSampler(
-            lengths=[dataset.length(index) for index in range(len(dataset))],
-            batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
-            seed=self.args.seed,
+    def get_train_dataloader(self) -> DataLoader:
+        """This rank's packs. The sampler knows rank and world size, so the loader is not sharded again."""
+        if self.packs is None:
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.packs,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
         )
-        return self.grouped
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids = inputs.pop("ids", [])
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        self.guard.saw(ids, loss.detach())
+        return result
 
 
 class EpochOrder(TrainerCallback):
@@ -51,12 +64,65 @@ class EpochOrder(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        if self.trainer.grouped is not None:
-            self.trainer.grouped.set_epoch(int(round(state.epoch, 6)))
+        if self.trainer.packs is not None:
+            self.trainer.packs.set_epoch(int(round(state.epoch, 6)))
+
+
+class Guard(TrainerCallback):
+    """Stops before an update that would spoil the weights, and writes down which records were in the batch."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.seen: list[tuple[list[str], torch.Tensor]] = []
+
+    def saw(self, ids: list[str], loss: torch.Tensor) -> None:
+        self.seen.append((ids, loss))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        seen, self.seen = self.seen, []
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients)).sum() if gradients else torch.zeros(())
+        losses = torch.stack([loss for _, loss in seen])
+        if bool(torch.isfinite(losses).all() & torch.isfinite(norms).to(losses.device)):
+            return
+        bad = [index for index, value in enumerate(losses.tolist()) if not math.isfinite(value)]
+        what = "loss" if bad else "gradient"
+        ids = [record for index in bad or range(len(seen)) for record in seen[index][0]]
+        path = self.folder / f"broken_batch.rank{args.process_index}.json"
+        write_json(
+            path, {"step": state.global_step + 1, "what": what, "losses": list(map(str, losses.tolist())), "ids": ids}
+        )
+        raise UserError(
+            f"the {what} of step {state.global_step + 1} is no finite number; the {len(ids)} records of that batch are in "
+            f"{path}. Fix: look at them, lower the learning rate, or check the checkpoint"
+        )
+
+
+class Preemption(TrainerCallback):
+    """On SIGTERM or SIGUSR1: finish the step, save a checkpoint, leave. `asked` tells the caller to exit with `runs.PREEMPTED`.
+
+    Every rank gets the signal from its launcher; the step is the same for all because they agree on it each step.
+    """
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame) -> None:
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            flag = torch.tensor([float(self.asked)], device=args.device)
+            torch.distributed.all_reduce(flag)
+            self.asked = bool(flag.item())
+        if self.asked:
+            control.should_save = control.should_training_stop = True
 
 
 class JsonlLog(TrainerCallback):
-    """Appends every log line to `log.jsonl`, and stops the run on a loss that is no number."""
+    """Appends every log line to `log.jsonl`."""
 
     def __init__(self, folder: Path):
         self.path = folder / "log.jsonl"
@@ -69,12 +135,6 @@ class JsonlLog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
-        for key in ("loss", "grad_norm"):
-            value = (logs or {}).get(key)
-            if value is not None and not math.isfinite(value):
-                raise UserError(
-                    f"{key} is {value} at step {state.global_step}. Fix: lower the learning rate, or look for broken records"
-                )
         with RecordAppender(self.path) as log:
             log.append({"step": state.global_step, **logs})
 

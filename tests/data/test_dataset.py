@@ -34,16 +34,39 @@ def test_batch_contract(folder, processor):
         {"id": "3", "image": ["b.png", "a.png"], "conversations": turns("<image>\n<image>\nSame color?", "no")},
     )
     dataset = ConversationDataset([path], processor)
-    batch = Collator(processor.tokenizer.pad_token_id)([dataset[index] for index in range(3)])
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values", "slice_shapes", "grids"}
+    samples = [dataset[index] for index in range(3)]
+    batch = Collator(processor.tokenizer.pad_token_id)(samples)
+    images = {"pixel_values", "slice_shapes", "grids"}
+    assert set(batch) == {"input_ids", "position_ids", "cu_seq_lens", "labels", "ids"} | images
     assert batch["grids"].tolist() == [[1, 2], [0, 0], [1, 2]]
     assert len(batch["slice_shapes"]) == 3 + 1 + 3
     assert len(batch["pixel_values"]) == int(batch["slice_shapes"].prod(1).sum())
     assert batch["pixel_values"].dtype == torch.uint8
+    assert batch["ids"] == ["1", "2", "3"]
+    bounds = batch["cu_seq_lens"].tolist()
+    for sample, start, stop in zip(samples, bounds, bounds[1:], strict=False):
+        assert batch["input_ids"][0, start:stop].tolist() == sample["input_ids"]
+        assert batch["position_ids"][0, start:stop].tolist() == list(range(stop - start))
+        assert batch["labels"][0, start].item() == -100
+        assert batch["labels"][0, start + 1 : stop].tolist() == sample["labels"][1:]
+    labels = batch["labels"][0]
+    assert processor.tokenizer.decode(labels[labels != -100]) == "red<|im_end|>5<|im_end|>no<|im_end|>"
+
+
+def test_padded_batch_contract(folder, processor):
+    path = write(
+        folder,
+        {"id": "1", "image": "a.png", "conversations": turns("<image>\nWhat color?", "red")},
+        {"id": "2", "conversations": turns("What is 2 plus 3?", "5")},
+    )
+    dataset = ConversationDataset([path], processor)
+    batch = Collator(processor.tokenizer.pad_token_id, packing=False)([dataset[0], dataset[1]])
+    images = {"pixel_values", "slice_shapes", "grids"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "ids"} | images
     placeholders = (batch["input_ids"] == processor.image_token_id).sum(1).tolist()
-    assert placeholders == [27, 0, 9 + 27]
+    assert placeholders == [27, 0]
     learned = [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
-    assert learned == ["red<|im_end|>", "5<|im_end|>", "no<|im_end|>"]
+    assert learned == ["red<|im_end|>", "5<|im_end|>"]
     padding = batch["attention_mask"] == 0
     assert (batch["labels"][padding] == -100).all()
 
@@ -51,7 +74,33 @@ def test_batch_contract(folder, processor):
 def test_text_only_batch_has_no_image_keys(folder, processor):
     path = write(folder, {"id": "2", "conversations": turns("What is 2 plus 3?", "5")})
     dataset = ConversationDataset([path], processor)
-    assert set(Collator(0)([dataset[0]])) == {"input_ids", "attention_mask", "labels"}
+    assert set(Collator(0)([dataset[0]])) == {"input_ids", "position_ids", "cu_seq_lens", "labels", "ids"}
+
+
+def test_a_sample_of_negative_index_has_nothing_to_learn(folder, processor):
+    path = write(folder, {"id": "2", "conversations": turns("What is 2 plus 3?", "5")})
+    dataset = ConversationDataset([path], processor)
+    assert dataset[~0]["input_ids"] == dataset[0]["input_ids"]
+    assert set(dataset[~0]["labels"]) == {-100}
+
+
+def test_sizes_are_those_of_the_samples(processor, world):
+    dataset = ConversationDataset([str(world / "instructions.json"), str(world / "text_only.jsonl")], processor)
+    sizes = dataset.sizes()
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        assert abs(sizes[index, :2].sum() - len(sample["input_ids"])) <= 1
+        assert sizes[index, 1] in (
+            0,
+            sample["input_ids"].count(processor.image_token_id) + separators(sample, processor),
+        )
+        assert sizes[index, 2] == len(sample.get("pixel_values", ()))
+
+
+def separators(sample, processor) -> int:
+    """Newlines and comma of a sliced image."""
+    rows = sum(3 * int(rows) + 1 for rows, _ in sample.get("grids", torch.zeros(0, 2)) if rows)
+    return int(rows)
 
 
 def test_a_placeholder_behind_the_question_moves_to_its_front(folder, processor):
@@ -115,4 +164,3 @@ def test_several_files_with_their_own_folders(folder, processor, tmp_path_factor
     record = {"id": "1", "image": "b.png", "conversations": turns("<image>\nWhat color?", "x")}
     dataset = ConversationDataset([write(folder, record), write(other, record)], processor)
     assert not torch.equal(dataset[0]["pixel_values"], dataset[1]["pixel_values"])
-    assert dataset.length(0) > 9  # the image alone

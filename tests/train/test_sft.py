@@ -126,7 +126,7 @@ def test_an_unreadable_image_in_a_loader_worker_is_one_sentence_too(checkpoint, 
     (world / "cut.png").write_bytes((world / records[0]["image"]).read_bytes()[:90])
     records[0]["image"] = "cut.png"
     (world / "cut.json").write_text(json.dumps(records))
-    flags = ["--data_path", str(world / "cut.json"), "--dataloader_num_workers", "1", "--group_by_length", "False"]
+    flags = ["--data_path", str(world / "cut.json"), "--dataloader_num_workers", "1"]
     result = run(command(checkpoint, world, tmp_path / "out", *flags), expect=2)
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: record {records[0]['id']!r}: ")
@@ -145,6 +145,39 @@ def test_a_loss_that_is_no_number_stops_the_run(checkpoint, world, tmp_path):
     tensors["model.projector.proj"][0, 0] = float("inf")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     result = run(command(broken, world, tmp_path / "out"), expect=2)
-    assert "loss is nan at step 1" in result.stderr
+    assert "the loss of step 1 is no finite number; the 4 records of that batch are in" in result.stderr
+    broken_batch = json.loads((tmp_path / "out" / "broken_batch.rank0.json").read_text())
+    known = {record["id"] for record in json.loads((world / "few.json").read_text())}
+    assert len(broken_batch["ids"]) == 4
+    assert set(broken_batch["ids"]) <= known
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_leave_it_saves_and_the_same_command_continues(trained, checkpoint, world, tmp_path, asked):
+    straight, _ = trained
+    output = tmp_path / "out"
+    # no checkpoint of its own accord before the end; the signal comes while the first steps run
+    flags = ("--save_steps", "100")
+    process = subprocess.Popen(command(checkpoint, world, output, *flags), stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 240
+    while not (output / "log.jsonl").is_file():
+        assert process.poll() is None, "finished before it could be asked"
+        assert time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(asked)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors[-2000:]
+    assert "asked to leave; saved at step" in errors
+    assert json.loads((output / "run.json").read_text())["status"] == "preempted"
+    assert not (output / "model.safetensors").exists()
+    run(command(checkpoint, world, output, *flags))
+    first, second = load_file(straight / "model.safetensors"), load_file(output / "model.safetensors")
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_padded_rows_on_request(checkpoint, world, tmp_path):
+    run(command(checkpoint, world, tmp_path / "out", "--packing", "False", "--max_steps", "2"))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["counts"]["steps"] == 2

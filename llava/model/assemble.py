@@ -124,9 +124,9 @@ def with_new_projector(config, clip, language_model, seed: int):
         model = LlavaUHDForConditionalGeneration(config)
     torch.manual_seed(seed)
     model.model.projector = projector_of(config).apply(model._init_weights).to(language_model.dtype)
-    model.model.vision_tower.clip = clip
+    model.model.vision_tower.clip.load_state_dict(clip.state_dict(), assign=True)
     model.model.language_model = language_model.model
-    model.lm_head = language_model.lm_head
+    model.lm_head.weight = language_model.lm_head.weight
     return model
 
 

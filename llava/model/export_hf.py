@@ -21,7 +21,7 @@ from llava.records import write_json
 MODEL_FOLDER = Path(__file__).parent
 SOURCES = (
     "configuration_llava_uhd", "image_processing_llava_uhd", "processing_llava_uhd", "modeling_llava_uhd", "slicing",
-    "vision", "resampler", "loss", "../images", "../errors",
+    "vision", "resampler", "head", "packed_attention", "../images", "../errors",
 )  # fmt: skip
 MODEL_CLASS = "modeling_llava_uhd.LlavaUHDForConditionalGeneration"
 AUTO_MAP = {

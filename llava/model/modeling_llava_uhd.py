@@ -7,6 +7,7 @@ differ it raises: nothing is dropped or repeated.
 Shapes: B batch, T sequence, P packed patches, N slices, I images, C language-model width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from llava.model.configuration_llava_uhd import LlavaUHDConfig
-from llava.model.loss import summed_cross_entropy
+from llava.model.head import LanguageModelHead
 from llava.model.resampler import MlpProjector, SpatialResampler
 from llava.model.vision import SliceEncoder
 
@@ -89,12 +90,7 @@ class LlavaUHDModel(LlavaUHDPreTrainedModel):
         """
         shapes = [tuple(shape) for shape in slice_shapes.tolist()]
         features = self.vision_tower(pixel_values, shapes)
-        tokens: list[Tensor | None] = [None] * len(shapes)
-        for shape in dict.fromkeys(shapes):
-            members = [index for index, other in enumerate(shapes) if other == shape]
-            projected = self.projector(torch.stack([features[index] for index in members]), shape)
-            for index, token in zip(members, projected.unbind(), strict=True):
-                tokens[index] = token
+        tokens = self.projector(features, shapes).split([self.projector.tokens(shape) for shape in shapes])
         pieces, start = [], 0
         for rows, columns in grids.tolist():
             slices = rows * columns
@@ -106,7 +102,7 @@ class LlavaUHDModel(LlavaUHDPreTrainedModel):
             raise ValueError(f"grids describe {start} slices (overviews included), slice_shapes holds {len(tokens)}")
         return torch.cat(pieces)
 
-    def stitch(self, slices: list[Tensor], rows: int, columns: int, shape: tuple[int, int]) -> Tensor:
+    def stitch(self, slices: Sequence[Tensor], rows: int, columns: int, shape: tuple[int, int]) -> Tensor:
         """Slices of a rows x columns grid, each (h*w, C), as one row-major map (rows*h*columns*w, C)."""
         if isinstance(self.projector, SpatialResampler):
             shape = (self.projector.grid, self.projector.grid)
@@ -173,7 +169,7 @@ class LlavaUHDForConditionalGeneration(LlavaUHDPreTrainedModel, GenerationMixin)
     def __init__(self, config: LlavaUHDConfig):
         super().__init__(config)
         self.model = LlavaUHDModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -231,7 +227,7 @@ class LlavaUHDForConditionalGeneration(LlavaUHDPreTrainedModel, GenerationMixin)
         else:
             targets = labels[:, 1:]
             labelled = targets != -100
-            total = summed_cross_entropy(hidden[:, :-1][labelled], targets[labelled], self.lm_head)
+            total = self.lm_head(hidden[:, :-1][labelled], targets[labelled])
             loss = total / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
         return LlavaUHDOutput(
             loss=loss,

@@ -9,6 +9,7 @@ p x q bins a region.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -67,6 +68,42 @@ def sincos_positions(width: int, side: int) -> Tensor:
     return torch.cat([columns, rows], dim=2).reshape(side * side, -1).float()
 
 
+class RegionAttention(nn.MultiheadAttention):
+    """Multi-head attention in which each query has its own few keys, pooled after the projection."""
+
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, shapes: list[tuple[int, int]],
+        pool: Callable[[Tensor, tuple[int, int]], Tensor],
+    ) -> Tensor:  # fmt: skip
+        """
+        Args:
+            queries: (Q, C).
+            keys, values: (P, C), the patches of N slices one after another.
+            pool: (S, h*w, C) of slices of one shape -> (S, Q, bins, C).
+
+        Returns:
+            (N, Q, C).
+        """
+        heads, width = self.num_heads, self.embed_dim
+        q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
+        q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
+        q = F.linear(queries, q_weight, q_bias).view(-1, heads, 1, width // heads)  # (Q, heads, 1, C/heads)
+        counts = [rows * columns for rows, columns in shapes]
+        k, v = (F.linear(x, weight).split(counts) for x, weight in ((keys, k_weight), (values, v_weight)))
+        attended: list[Tensor | None] = [None] * len(shapes)
+        for shape in dict.fromkeys(shapes):  # all slices of one shape at once
+            members = [index for index, other in enumerate(shapes) if other == shape]
+            pooled = (
+                pool(torch.stack([each[index] for index in members]), shape) + bias
+                for each, bias in ((k, k_bias), (v, v_bias))
+            )  # (S, Q, bins, C) each
+            k_bins, v_bins = (x.unflatten(-1, (heads, -1)).transpose(2, 3) for x in pooled)
+            out = F.scaled_dot_product_attention(q.expand(len(members), -1, -1, -1, -1), k_bins, v_bins)
+            for index, each in zip(members, out.flatten(2).unbind(), strict=True):  # (S, Q, heads, 1, C/heads)
+                attended[index] = each
+        return self.out_proj(torch.stack(attended))
+
+
 class SpatialResampler(nn.Module):
     """g*g queries cross-attend to their own region of a slice. Parameter names are the published ones."""
 
@@ -74,12 +111,12 @@ class SpatialResampler(nn.Module):
         super().__init__()
         if width % 4:
             raise ValueError(f"the language model's width {width} must be a multiple of 4 for 2-D positions")
-        self.grid, self.heads, self.aligned = grid, heads, aligned
+        self.grid, self.aligned = grid, aligned
         self.query = nn.Parameter(torch.zeros(grid * grid, width))
         self.register_buffer("pos_embed", sincos_positions(width, grid))
         same = vision_width == width
         self.kv_proj = nn.Identity() if same else nn.Linear(vision_width, width, bias=False)
-        self.attn = nn.MultiheadAttention(width, heads)
+        self.attn = RegionAttention(width, heads)
         self.ln_q = nn.LayerNorm(width, eps=1e-6)
         self.ln_kv = nn.LayerNorm(width, eps=1e-6)
         self.ln_post = nn.LayerNorm(width, eps=1e-6)
@@ -104,26 +141,18 @@ class SpatialResampler(nn.Module):
     def tokens(self, shape: tuple[int, int]) -> int:
         return self.grid * self.grid
 
-    def forward(self, features: Tensor, shape: tuple[int, int]) -> Tensor:
-        """(S, h*w, D) features of slices of one shape (h, w) -> (S, Q, C)."""
-        rows, columns = shape
-        width, heads = self.query.shape[1], self.heads
-        values = self.ln_kv(self.kv_proj(features))  # (S, h*w, C)
-        keys = values + self.resized_positions(shape).to(values.dtype)
+    def forward(self, features: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """(P, D) features of N slices of shapes (h, w), one after another -> (N * Q, C) tokens."""
+        values = self.ln_kv(self.kv_proj(features))  # (P, C)
+        positions = {shape: self.resized_positions(shape).to(values.dtype) for shape in dict.fromkeys(shapes)}
+        keys = values + torch.cat([positions[shape] for shape in shapes])
         queries = self.ln_q(self.query) + self.pos_embed.to(self.query.dtype)  # (Q, C)
+        attended = self.attn(queries, keys, values, shapes, self.pool)  # (N, Q, C)
+        return (self.ln_post(attended) @ self.proj).flatten(0, 1)
 
-        q_weight, k_weight, v_weight = self.attn.in_proj_weight.chunk(3)
-        q_bias, k_bias, v_bias = self.attn.in_proj_bias.chunk(3)
-        q = F.linear(queries, q_weight, q_bias).view(-1, heads, 1, width // heads)  # (Q, heads, 1, C/heads)
-        k = self.pool(F.linear(keys, k_weight), rows, columns) + k_bias  # (S, Q, bins, C)
-        v = self.pool(F.linear(values, v_weight), rows, columns) + v_bias
-        k, v = (x.unflatten(-1, (heads, -1)).transpose(2, 3) for x in (k, v))  # (S, Q, heads, bins, C/heads)
-        attended = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1, -1), k, v)  # (S, Q, heads, 1, C/heads)
-        attended = self.attn.out_proj(attended.flatten(2))  # (S, Q, C)
-        return self.ln_post(attended) @ self.proj
-
-    def pool(self, x: Tensor, rows: int, columns: int) -> Tensor:
+    def pool(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         """RoIAlign of (S, h*w, C) to the bins of every region: (S, Q, p*q, C)."""
+        rows, columns = shape
         p, q = pooled_size(rows, columns)
         down = roi_matrix(rows, self.grid, p, self.aligned).to(x)  # (g*p, h)
         across = roi_matrix(columns, self.grid, q, self.aligned).to(x)  # (g*q, w)
@@ -147,6 +176,6 @@ class MlpProjector(nn.Sequential):
     def tokens(self, shape: tuple[int, int]) -> int:
         return shape[0] * shape[1]
 
-    def forward(self, features: Tensor, shape: tuple[int, int]) -> Tensor:
-        """(S, h*w, D) -> (S, h*w, C)."""
+    def forward(self, features: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """(P, D) features of slices of any shapes -> (P, C) tokens."""
         return super().forward(features)

@@ -192,7 +192,7 @@ class PatchClasses(torch.nn.Module):
 
     def loss(self, tower, image_processor: LlavaUHDImageProcessor, scenes: list[Scene]) -> torch.Tensor:
         batch = image_processor([render(scene) for scene in scenes])
-        features = torch.cat(tower(batch["pixel_values"], [tuple(shape) for shape in batch["slice_shapes"].tolist()]))
+        features = tower(batch["pixel_values"], [tuple(shape) for shape in batch["slice_shapes"].tolist()])
         targets = [self.targets(scene, image_processor) for scene in scenes]
         losses = []
         for name, head in self.heads.items():

@@ -161,6 +161,10 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
 
     output = Path(training_arguments.output_dir)
     dataset = open_dataset(model_arguments, data_arguments, load_processor(model_arguments.model_name_or_path))
+    if training_arguments.deepspeed:  # ZeRO-3 splits parameters while they are loaded, and must know its ranks by then
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
     model = load_model(
         model_arguments.model_name_or_path,
         dtype=torch.bfloat16 if training_arguments.deepspeed and training_arguments.bf16 else torch.float32,
@@ -200,12 +204,11 @@ def plan_packs(model, dataset, training_arguments):
     The language model attends within samples through `packed_sdpa`, unless it has flash attention.
     """
     from llava.data.packing import PackSampler
+    from llava.model.packed_attention import PACKED_SDPA
 
     text = model.model.language_model
     if text.config._attn_implementation != "flash_attention_2":
-        import llava.model.packed_attention  # noqa: F401  (registers it)
-
-        text.config._attn_implementation = "packed_sdpa"
+        text.config._attn_implementation = PACKED_SDPA
     costs = sample_costs(model, dataset, training_arguments)
     world = training_arguments.world_size
     return PackSampler(

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from llava.data.collator import Collator
 from llava.data.dataset import ConversationDataset
-from llava.model import loss as loss_module
+from llava.model import head as head_module
 from llava.model import packed_attention  # noqa: F401  (registers it)
 
 
@@ -59,13 +59,13 @@ def test_an_unpacked_batch_is_refused_by_packed_attention(model, processor, samp
 
 
 def test_chunked_loss_equals_the_plain_one_in_value_and_gradient(monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK", 7)
+    monkeypatch.setattr(head_module, "CHUNK", 7)
     torch.manual_seed(0)
-    head = torch.nn.Linear(16, 50, bias=False)
+    head = head_module.LanguageModelHead(16, 50, bias=False)
     hidden, targets = torch.randn(40, 16, requires_grad=True), torch.randint(0, 50, (40,))
     plain = F.cross_entropy(head(hidden), targets, reduction="sum")
     expected = torch.autograd.grad(plain, [hidden, head.weight])
-    chunked = loss_module.summed_cross_entropy(hidden, targets, head)
+    chunked = head(hidden, targets)
     torch.testing.assert_close(chunked, plain)
     for ours, theirs in zip(torch.autograd.grad(chunked, [hidden, head.weight]), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)

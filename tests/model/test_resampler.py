@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from llava.model.resampler import MlpProjector, SpatialResampler, pooled_size, sincos_positions
 from llava.model.slicing import plan_slices
-from tests.benchmarks.model import gather_roi_align, resample_one_by_one
+from tests.benchmarks.model import gather_roi_align, plain_attention, resample_one_by_one
 
 
 def bilinear(grid, y, x):
@@ -69,13 +69,13 @@ def straightforward(module, features, shape):
     keys = values + positions
     queries = module.ln_q(module.query) + module.pos_embed
     bins = pooled_size(rows, columns)
-    out = []
+    out, attention = [], plain_attention(module)
     for index in range(g * g):
         row, column = divmod(index, g)
         box = (column * columns / g, row * rows / g, (column + 1) * columns / g, (row + 1) * rows / g)
         key = roi_align(keys, box, bins, module.aligned).T[:, None]
         value = roi_align(values, box, bins, module.aligned).T[:, None]
-        attended, _ = module.attn(queries[index][None, None], key, value)
+        attended, _ = attention(queries[index][None, None], key, value)
         out.append(module.ln_post(attended[0, 0]) @ module.proj)
     return torch.stack(out)
 
@@ -90,7 +90,7 @@ def test_equals_roi_align_per_region(shape, aligned):
         torch.nn.init.normal_(parameter, std=0.3)
     features = torch.randn(2, shape[0] * shape[1], 12)
     with torch.no_grad():
-        ours = module(features, shape)
+        ours = module(features.flatten(0, 1), [shape] * len(features)).unflatten(0, (len(features), -1))
         for index in range(2):
             torch.testing.assert_close(
                 ours[index], straightforward(module, features[index], shape), atol=1e-5, rtol=1e-4
@@ -126,7 +126,11 @@ def test_every_feasible_slice_shape_at_the_published_grid(aligned):
             features = torch.randn(1, shape[0] * shape[1], 8)
             expected = resample_one_by_one(module, features, shape)
             torch.testing.assert_close(
-                module(features, shape), expected, atol=1e-5, rtol=1e-4, msg=lambda m, s=shape: f"{s}: {m}"
+                module(features.flatten(0, 1), [shape] * len(features)).unflatten(0, (len(features), -1)),
+                expected,
+                atol=1e-5,
+                rtol=1e-4,
+                msg=lambda m, s=shape: f"{s}: {m}",
             )
 
 
@@ -170,4 +174,4 @@ def test_positions_do_not_train():
 def test_mlp_projector_keeps_every_patch():
     module = MlpProjector(1024, 3584)
     assert sum(parameter.numel() for parameter in module.parameters()) == 16_522_240
-    assert MlpProjector(8, 16)(torch.randn(2, 36, 8), (6, 6)).shape == (2, 36, 16)
+    assert MlpProjector(8, 16)(torch.randn(48, 8), [(6, 6), (3, 4)]).shape == (48, 16)

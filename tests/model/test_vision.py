@@ -27,7 +27,7 @@ def picture(width, height):
 
 def reference(encoder, image) -> torch.Tensor:
     """HF's CLIPVisionModel on one normalised image: hidden state -2 without CLS."""
-    clip = CLIPVisionModel(encoder.config).eval()
+    clip = CLIPVisionModel(CLIPVisionConfig(**encoder.config.to_diff_dict())).eval()
     clip.load_state_dict(encoder.clip.state_dict())
     pixels = (
         torch.tensor(list(image.get_flattened_data()), dtype=torch.float32).view(image.height, image.width, 3) / 255
@@ -41,7 +41,7 @@ def reference(encoder, image) -> torch.Tensor:
 def test_equals_hugging_face_clip_at_any_shape(encoder, size):
     image = picture(*size)
     with torch.no_grad():
-        [ours] = encoder(torch.from_numpy(patchify(image, 8)), [(size[1] // 8, size[0] // 8)])
+        ours = encoder(torch.from_numpy(patchify(image, 8)), [(size[1] // 8, size[0] // 8)])
         torch.testing.assert_close(ours, reference(encoder, image), atol=1e-5, rtol=1e-5)
 
 
@@ -51,8 +51,9 @@ def test_packed_slices_equal_single_ones_and_do_not_see_each_other(encoder):
     shapes = [(image.height // 8, image.width // 8) for image in images]
     with torch.no_grad():
         together = encoder(torch.cat(patches), shapes)
-        for patch, shape, feature in zip(patches, shapes, together, strict=True):
-            torch.testing.assert_close(feature, encoder(patch, [shape])[0], atol=1e-5, rtol=1e-5)
+        counts = [rows * columns for rows, columns in shapes]
+        for patch, shape, feature in zip(patches, shapes, together.split(counts), strict=True):
+            torch.testing.assert_close(feature, encoder(patch, [shape]), atol=1e-5, rtol=1e-5)
 
 
 def test_only_the_used_layers_run(encoder):
@@ -77,8 +78,8 @@ def test_wrong_shapes_say_what_is_wrong(encoder):
 def test_frozen_position_tables_are_kept_and_trained_ones_are_not(encoder):
     patches = torch.from_numpy(patchify(picture(64, 32), 8))
     encoder(patches, [(4, 8)])
-    assert encoder.positions == {}
+    assert encoder.clip.embeddings.resized == {}
     encoder.requires_grad_(False)
-    first = encoder(patches, [(4, 8)])[0]
-    assert list(encoder.positions) == [(4, 8)]
-    torch.testing.assert_close(encoder(patches, [(4, 8)])[0], first)
+    first = encoder(patches, [(4, 8)])
+    assert list(encoder.clip.embeddings.resized) == [(4, 8)]
+    torch.testing.assert_close(encoder(patches, [(4, 8)]), first)

@@ -76,6 +76,7 @@ def load_model(
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} cannot be loaded: {reason}. Fix: run the stage that writes it again") from error
+    model._weight_conversions = []  # our names are saved as they are; ZeRO-3 would save CLIP's under older ones
     wrong = {key: sorted(report[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
     if wrong:
         kind, keys = next(iter(wrong.items()))

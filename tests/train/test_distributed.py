@@ -96,6 +96,6 @@ def test_deepspeed_on_two_ranks(checkpoint, world, tmp_path, config):
     )  # fmt: skip
     assert two == pytest.approx(one, rel=1e-3)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert first.keys() == second.keys()
+    assert first.keys() <= second.keys() <= first.keys() | {"lm_head.weight"}  # ZeRO-2 writes the tied head out
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=2e-3, rtol=1e-2, msg=lambda m, n=name: f"{n}: {m}")

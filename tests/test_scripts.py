@@ -110,7 +110,7 @@ def test_dry_run_of_training(world, checkpoint, tmp_path):
         ACCU_STEPS="3",
         **common,
     )
-    assert "global batch 12," in out
+    assert "global batch 12 = 4 a device x 3 accumulation x 1 processes" in out
     out = dry(
         "training_scripts/uhdv1-pretrain-qwen-stage1-align.sh",
         LLM_CKPT_DIR=WEIGHTS / "qwen2",

@@ -4,16 +4,12 @@ Stage 1 trains the projector; stages 0, 1.5 and 2 train all three (paper, step 4
 never reaches (the tower's last layer, of which the features are not used) never train.
 """
 
-import logging
-
 from torch import nn
 
 from llava.errors import UserError
 from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
 
 PARTS = ("vision", "projector", "language")
-
-logger = logging.getLogger(__name__)
 
 
 def numbers(parameter: nn.Parameter) -> int:
@@ -48,7 +44,4 @@ def set_trainable(model: LlavaUHDForConditionalGeneration, parts: list[str]) -> 
     for part in PARTS:
         parameters = {id(p): p for module in modules[part] for p in module.parameters()}.values()
         counts[part] = sum(numbers(p) for p in parameters if p.requires_grad)
-        total = sum(numbers(p) for p in parameters)
-        state = f"trains {counts[part]:,} of" if counts[part] else "frozen,"
-        logger.info("%s: %s %s parameters", part, state, f"{total:,}")
     return counts

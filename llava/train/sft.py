@@ -72,31 +72,31 @@ def preflight(model_arguments: ModelArguments, data_arguments: DataArguments, tr
     """
     dataset = open_dataset(model_arguments, data_arguments, processor=None)
     dataset.check_images()
-    with_image = sum(1 for record in dataset.records if record.get("image"))
-    batch = (
-        training_arguments.per_device_train_batch_size
-        * training_arguments.gradient_accumulation_steps
-        * planned_world_size()
-    )
-    steps = max(int(len(dataset) / batch * training_arguments.num_train_epochs), 1)
-    print(f"records      {len(dataset):,} ({with_image:,} with images, {len(dataset) - with_image:,} text only)")
-    print(f"global batch {batch}, about {steps:,} steps")
-    print(f"writes       {training_arguments.output_dir} (nothing was written)")
+    from llava.train.preflight import batch_line, report
+
     folder = Path(model_arguments.model_name_or_path)
     if not folder.exists():
+        print(f"records      {len(dataset):,}; every image header was read")
+        print(batch_line(len(dataset), training_arguments, planned_world_size()))
         print(f"checkpoint   {folder} does not exist yet; the records were checked, the model was not")
+        print(f"writes       {training_arguments.output_dir} (nothing was written)")
         return
     import torch
     from transformers import AutoConfig
 
-    from llava.model.load import check_checkpoint
+    from llava.model.load import check_checkpoint, load_processor
     from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
     from llava.train.parts import set_trainable
 
     with torch.device("meta"):
         model = LlavaUHDForConditionalGeneration(AutoConfig.from_pretrained(check_checkpoint(folder)))
-    counts = set_trainable(model, model_arguments.train_parts.split(","))
-    print(f"trains       {', '.join(f'{part} {count:,}' for part, count in counts.items() if count)} parameters")
+    set_trainable(model, model_arguments.train_parts.split(","))
+    dataset = open_dataset(model_arguments, data_arguments, load_processor(folder))
+    sizes = dataset.sizes()
+    costs = sample_costs(model, dataset, sizes)
+    for line in report(dataset, sizes, costs, model, training_arguments, planned_world_size()):
+        print(line)
+    print(f"writes       {training_arguments.output_dir} (nothing was written)")
 
 
 def train(model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments) -> None:
@@ -150,6 +150,7 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
     from llava.model.load import load_model, load_processor
     from llava.runs import Preempted
     from llava.train.parts import set_trainable
+    from llava.train.preflight import report
     from llava.train.trainer import (
         JsonlLog,
         LossBar,
@@ -171,7 +172,13 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
         attn_implementation=model_arguments.attn_implementation,
     )
     set_trainable(model, model_arguments.train_parts.split(","))
-    packs = plan_packs(model, dataset, training_arguments) if data_arguments.packing else None
+    sizes = measured_sizes(dataset, training_arguments)
+    costs = sample_costs(model, dataset, sizes)
+    world = training_arguments.world_size
+    if training_arguments.process_index == 0:
+        lines = report(dataset, sizes, costs, model, training_arguments, world)
+        (output / "preflight.txt").write_text("".join(f"{line}\n" for line in lines))
+    packs = plan_packs(model, costs, training_arguments) if data_arguments.packing else None
     trainer = SupervisedTrainer(
         model=model,
         args=training_arguments,
@@ -198,10 +205,9 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
     return len(dataset), trainer.state.global_step
 
 
-def plan_packs(model, dataset, training_arguments):
-    """Measure every sample and say which train together; the measuring is done once for all ranks.
-
-    The language model attends within samples through `packed_sdpa`, unless it has flash attention.
+def plan_packs(model, costs: list[float], training_arguments):
+    """Say which samples train together. The language model then attends within samples through `packed_sdpa`, unless
+    it has flash attention.
     """
     from llava.data.packing import PackSampler
     from llava.model.packed_attention import PACKED_SDPA
@@ -209,27 +215,21 @@ def plan_packs(model, dataset, training_arguments):
     text = model.model.language_model
     if text.config._attn_implementation != "flash_attention_2":
         text.config._attn_implementation = PACKED_SDPA
-    costs = sample_costs(model, dataset, training_arguments)
-    world = training_arguments.world_size
+    accumulation, world = training_arguments.gradient_accumulation_steps, training_arguments.world_size
     return PackSampler(
         costs,
-        training_arguments.per_device_train_batch_size * training_arguments.gradient_accumulation_steps * world,
-        training_arguments.gradient_accumulation_steps,
+        training_arguments.per_device_train_batch_size * accumulation * world,
+        accumulation,
         training_arguments.process_index,
         world,
         training_arguments.seed,
     )
 
 
-def sample_costs(model, dataset, training_arguments) -> list[float]:
-    """Work of every sample in tokens; a patch counts as much less as the tower is smaller than the language model."""
+def measured_sizes(dataset, training_arguments):
+    """`dataset.sizes()`, measured by rank 0 alone and kept in the output folder for the others and for a restart."""
     import numpy as np
 
-    from llava.train.parts import numbers
-
-    vision, language = (
-        sum(map(numbers, part.parameters())) for part in (model.model.vision_tower, model.model.language_model)
-    )
     saved = Path(training_arguments.output_dir) / "sample_sizes.npy"
     with training_arguments.main_process_first(local=False, desc="measuring samples"):
         sizes = np.load(saved) if saved.is_file() else dataset.sizes(progress=training_arguments.process_index == 0)
@@ -237,6 +237,16 @@ def sample_costs(model, dataset, training_arguments) -> list[float]:
             partial = saved.with_suffix(".partial.npy")
             np.save(partial, sizes)
             partial.replace(saved)
+    return sizes
+
+
+def sample_costs(model, dataset, sizes) -> list[float]:
+    """Work of every sample in tokens; a patch counts as much less as the tower is smaller than the language model."""
+    from llava.train.parts import numbers
+
+    vision, language = (
+        sum(map(numbers, part.parameters())) for part in (model.model.vision_tower, model.model.language_model)
+    )
     tokens = sizes[:, :2].sum(1).clip(max=dataset.max_length)
     return (tokens + sizes[:, 2] * vision / language).tolist()
 

@@ -24,6 +24,7 @@ engine=()
 if [[ -z "${DEEPSPEED_CONFIG:-}" && "$gpus" -gt 0 ]] && "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("deepspeed"))'; then
     DEEPSPEED_CONFIG=training_scripts/zero2.json
 fi
+if [[ "$gpus" == 0 ]]; then export DS_ACCELERATOR=cpu; fi
 if [[ "${DEEPSPEED_CONFIG:-none}" != none ]]; then engine=(--deepspeed "$DEEPSPEED_CONFIG"); fi
 
 launch() {
@@ -42,8 +43,10 @@ launch() {
     fi
     if ((${#distributed[@]})); then
         execute "$PYTHON" -m torch.distributed.run "${distributed[@]}" -m "$@"
-    else
+    elif [[ -n "${DRY_RUN:-}" ]]; then
         execute "$PYTHON" -m "$@"
+    else
+        exec "$PYTHON" -m "$@" # launch is the last command of a script: signals reach the run itself
     fi
 }
 
@@ -51,7 +54,7 @@ single() { execute "$PYTHON" -m "$@"; }
 
 execute() {
     if [[ -z "${DRY_RUN:-}" ]]; then
-        "$@"
+        if [[ "$*" == *torch.distributed.run* ]]; then forward "$@"; else "$@"; fi
         return
     fi
     printf '%q ' "$@"
@@ -60,6 +63,28 @@ execute() {
         while [[ "$1" != -m || "$2" == torch.distributed.run ]]; do shift; done
         PLANNED_WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) "$PYTHON" "$@" --dry_run
     fi
+}
+
+# Run torchrun and hand it the signals a scheduler sends; it hands them to its processes, which save and leave. It
+# answers 1 whatever they said, so that a preempted run is known by its run.json; the status is then 75.
+forward() {
+    local child status=0 output=
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # seconds to save in
+    local arguments=("$@") index
+    for index in "${!arguments[@]}"; do
+        if [[ "${arguments[index]}" == --output_dir ]]; then output=${arguments[index + 1]}; fi
+    done
+    "$@" &
+    child=$!
+    trap 'kill -TERM "$child" 2>/dev/null' TERM INT USR1 # torchrun itself would die of USR1
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the run
+        status=0
+        wait "$child" || status=$?
+    done
+    trap - TERM INT USR1
+    if ((status)) && grep -qs '"status": "preempted"' "$output/run.json"; then return 75; fi
+    return "$status"
 }
 
 # The path in this variable must exist: require_path VARIABLE.

@@ -30,6 +30,9 @@ class ModelArguments:
     train_parts: str = flag(
         "comma-separated parts that train: vision, projector, language", "vision,projector,language"
     )
+    lora_rank: int = flag("train additions of this rank to the language model's layers (LoRA) instead of them", 0)
+    lora_alpha: int | None = flag("LoRA's scale; default: twice the rank", None)
+    lora_dropout: float = flag("dropout of LoRA's inputs", 0.0)
     attn_implementation: str | None = flag("sdpa, eager or flash_attention_2; default: flash if installed", None)
 
 

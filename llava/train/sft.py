@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from llava.errors import run_command
+from llava.errors import UserError, run_command
 from llava.train.arguments import DataArguments, ModelArguments, parse_arguments, planned_world_size
 
 DEFAULTS = {
@@ -106,6 +106,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, traini
     from llava.runs import join_run, open_run, rank
 
     output = Path(training_arguments.output_dir)
+    check_engine(model_arguments, training_arguments)
     check_checkpoint(model_arguments.model_name_or_path)
     stage = f"train {output.name}"
     names = (
@@ -141,6 +142,19 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, traini
             shutil.rmtree(checkpoint)
 
 
+def check_engine(model_arguments: ModelArguments, training_arguments) -> None:
+    """Refuse combinations that would quietly do something else."""
+    import torch
+
+    if training_arguments.fsdp and not torch.cuda.is_available():
+        raise UserError(
+            "--fsdp works on GPUs alone; on a CPU accelerate would quietly run plain data parallelism. "
+            "Fix: drop it, or use --deepspeed"
+        )
+    if model_arguments.lora_rank and training_arguments.deepspeed and training_arguments.hf_deepspeed_config.is_zero3():
+        raise UserError("--lora_rank cannot be merged under ZeRO-3. Fix: DEEPSPEED_CONFIG=training_scripts/zero2.json")
+
+
 def run_training(model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments) -> tuple[int, int]:
     """Train to the end, continuing from the newest complete checkpoint; returns (samples, steps)."""
     import torch
@@ -149,6 +163,7 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
     from llava.data.collator import Collator
     from llava.model.load import load_model, load_processor
     from llava.runs import Preempted
+    from llava.train.lora import add_lora, merge
     from llava.train.parts import set_trainable
     from llava.train.preflight import report
     from llava.train.trainer import (
@@ -172,6 +187,10 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
         attn_implementation=model_arguments.attn_implementation,
     )
     set_trainable(model, model_arguments.train_parts.split(","))
+    lora = None
+    if model_arguments.lora_rank:
+        rank = model_arguments.lora_rank
+        lora = add_lora(model, rank, model_arguments.lora_alpha or 2 * rank, model_arguments.lora_dropout)
     sizes = measured_sizes(dataset, training_arguments)
     costs = sample_costs(model, dataset, sizes)
     world = training_arguments.world_size
@@ -199,6 +218,8 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
     trainer.train(resume_from_checkpoint=checkpoint)
     if preemption.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Preempted(f"saved at step {trainer.state.global_step}")
+    if lora:
+        merge(lora)
     trainer.save_model()
     if trainer.is_world_process_zero():
         plot_loss(output)

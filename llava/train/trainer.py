@@ -21,6 +21,12 @@ from llava.records import RecordAppender, read_jsonl, write_json, write_records
 logger = logging.getLogger(__name__)
 
 
+# accelerate calls a rank's CPU `cpu:0`, which torch.load does not know: resuming on several CPU ranks would fail
+torch.serialization.register_package(
+    9, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
+
 class SupervisedTrainer(Trainer):
     """Trainer over a ConversationDataset.
 
@@ -32,6 +38,7 @@ class SupervisedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.packs = packs
         self.add_callback(EpochOrder(self))
+        self.add_callback(EngineCheck(self))
         self.guard = Guard(Path(self.args.output_dir))
         self.add_callback(self.guard)
 
@@ -55,6 +62,22 @@ class SupervisedTrainer(Trainer):
         loss = result[0] if return_outputs else result
         self.guard.saw(ids, loss.detach())
         return result
+
+
+class EngineCheck(TrainerCallback):
+    """FSDP was asked for: then FSDP must have wrapped the model, and not something that merely runs."""
+
+    def __init__(self, trainer: SupervisedTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+        wrapped = self.trainer.model_wrapped
+        if args.fsdp and not isinstance(wrapped, (FSDPModule, FullyShardedDataParallel)):
+            raise UserError(
+                f"--fsdp was asked for, but {type(wrapped).__name__} wraps the model. Fix: see --fsdp_config"
+            )
 
 
 class EpochOrder(TrainerCallback):

@@ -50,7 +50,7 @@ def test_two_ranks_give_the_losses_of_one(checkpoint, world, tmp_path):
 
 
 def test_two_ranks_killed_in_the_second_epoch_end_with_the_same_weights(checkpoint, world, tmp_path):
-    """Twelve records, a global batch of four: three steps an epoch."""
+    """Twelve records, a global batch of four: three steps an epoch, and enough of them to be killed in time."""
     few = world / "twelve.json"
     few.write_text(json.dumps(json.loads((world / "instructions.json").read_text())[:12]))
     settings = {
@@ -60,7 +60,7 @@ def test_two_ranks_killed_in_the_second_epoch_end_with_the_same_weights(checkpoi
         "NPROC_PER_NODE": "2",
         "SAVE_STEPS": "2",
     }
-    flags = ("--max_steps", "6")
+    flags = ("--max_steps", "30")
     losses(checkpoint, world, tmp_path / "straight", *flags, **settings)
     killed = subprocess.Popen(
         command(*flags), env=environment(checkpoint, world, tmp_path / "killed", **settings), start_new_session=True,
@@ -73,10 +73,37 @@ def test_two_ranks_killed_in_the_second_epoch_end_with_the_same_weights(checkpoi
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
     losses(checkpoint, world, tmp_path / "killed", *flags, **settings)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "killed"))
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_two_ranks_asked_to_leave_save_and_continue(checkpoint, world, tmp_path, number):
+    """The signal goes to the script, as a scheduler sends it; its status says that the job can be put back."""
+    few = world / "twelve.json"
+    few.write_text(json.dumps(json.loads((world / "instructions.json").read_text())[:12]))
+    settings = {"DATA_PATH": str(few), "FINETUNE_BATCH": "2", "GLOBAL_BATCH_SIZE": "4", "NPROC_PER_NODE": "2"}
+    output, flags = tmp_path / "out", ("--max_steps", "40")
+    script = subprocess.Popen(
+        command(*flags), env=environment(checkpoint, world, output, **settings), stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 240
+    while not (output / "log.jsonl").is_file():
+        assert script.poll() is None, script.communicate()[1][-2000:]
+        assert time.time() < deadline
+        time.sleep(0.02)
+    script.send_signal(number)
+    _, errors = script.communicate(timeout=200)
+    assert script.returncode == 75, errors[-3000:]
+    saved = max(int(folder.name.split("-")[1]) for folder in output.glob("checkpoint-*"))
+    assert 0 < saved < 40
+    losses(checkpoint, world, output, *flags, **settings)
+    steps = [row["step"] for row in read_jsonl(output / "log.jsonl") if "loss" in row]
+    assert steps == list(range(1, 41))
 
 
 @pytest.mark.slow

@@ -84,6 +84,14 @@ def test_killed_in_the_second_epoch_and_restarted_it_ends_with_the_same_weights(
         assert torch.equal(first[name], second[name]), name
 
 
+def test_preflight_says_what_will_happen(trained):
+    output, _ = trained
+    lines = (output / "preflight.txt").read_text()
+    for part in ("records      12 (", "tokens       ", "image tokens ", "learned      ", "«", "global batch 4 = 4 a device",
+                 "packs        ", "trains       vision 302,208", "memory       about", "work         "):  # fmt: skip
+        assert part in lines, part
+
+
 def test_dry_run_reports_and_touches_nothing(checkpoint, world, tmp_path):
     output = tmp_path / "out"
     result = run(command(checkpoint, world, output, "--dry_run"))
@@ -176,6 +184,36 @@ def test_asked_to_leave_it_saves_and_the_same_command_continues(trained, checkpo
     first, second = load_file(straight / "model.safetensors"), load_file(output / "model.safetensors")
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def test_lora_ends_in_a_complete_checkpoint_that_moved_where_it_should(checkpoint, world, tmp_path):
+    pytest.importorskip("peft", reason="the extra `train` is not installed")
+    from llava.model.load import load_model
+
+    output = tmp_path / "out"
+    flags = ("--lora_rank", "4", "--train_parts", "projector,language")
+    run(command(checkpoint, world, output, *flags))
+    before, after = load_model(checkpoint, torch.float32), load_model(output, torch.float32)  # strict
+    moved = {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after.state_dict()[name])}
+    projector = {name for name in moved if name.startswith("model.projector.")}
+    layers = moved - projector
+    assert projector
+    assert layers
+    assert all(".self_attn." in name or ".mlp." in name for name in layers)
+    assert all(name.startswith("model.language_model.layers.") for name in layers)
+
+
+def test_fsdp_on_a_cpu_is_refused(checkpoint, world, tmp_path):
+    result = run(command(checkpoint, world, tmp_path / "out", "--fsdp", "full_shard"), expect=2)
+    assert "quietly run plain data parallelism" in result.stderr
+
+
+def test_records_without_an_answer_to_learn_are_refused(checkpoint, world, tmp_path):
+    silent = tmp_path / "silent.json"
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}]
+    silent.write_text(json.dumps([{"id": str(number), "conversations": turns} for number in range(4)]))
+    result = run(command(checkpoint, world, tmp_path / "out", "--data_path", str(silent)), expect=2)
+    assert "error: " in result.stderr
 
 
 def test_padded_rows_on_request(checkpoint, world, tmp_path):

@@ -1,0 +1,158 @@
+"""Speed and memory of a training step against the step of the published code, with equal loss and gradients.
+
+    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.training
+
+The straightforward step pads the samples to the longest, gives every position's logits over the whole vocabulary in
+float32, and encodes one picture after another, padded and masked, through all layers of the tower. Ours is the model's
+own packed step.
+"""
+
+import random
+import resource
+import subprocess
+import sys
+
+import torch
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, Qwen2Config
+
+from llava.data.collator import Collator
+from llava.data.packing import PackSampler
+from llava.model.configuration_llava_uhd import LlavaUHDConfig
+from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
+from llava.model.packed_attention import PACKED_SDPA
+from tests.benchmarks.compare import compare, header
+
+VOCABULARY = 152_064
+IMAGE = 151_646
+
+
+def build() -> LlavaUHDForConditionalGeneration:
+    """Qwen2's vocabulary on four narrow layers, a two-layer tower."""
+    torch.manual_seed(0)
+    config = LlavaUHDConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=256, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4, image_size=112,
+            patch_size=14,
+        ),
+        text_config=Qwen2Config(
+            vocab_size=VOCABULARY, hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=6,
+            num_key_value_heads=2, tie_word_embeddings=False,
+        ),
+        resampler_grid=4, resampler_heads=3, image_token_id=IMAGE,
+    )  # fmt: skip
+    return LlavaUHDForConditionalGeneration(config).train()
+
+
+def samples(count: int = 4) -> list[dict]:
+    """Conversations of ragged length about one square picture each; a quarter of the text is learned."""
+    rng = random.Random(0)
+    made = []
+    for number in range(count):
+        text = [rng.randrange(1000, 100_000) for _ in range(rng.choice((120, 180, 260, 420)))]
+        learned = len(text) // 4
+        ids = [1, *[IMAGE] * 16, *text]
+        labels = [-100] * (len(ids) - learned) + text[-learned:]
+        pixels = torch.randint(0, 256, (64, 588), dtype=torch.uint8)
+        made.append({
+            "id": str(number), "input_ids": ids, "labels": labels, "pixel_values": pixels,
+            "slice_shapes": torch.tensor([[8, 8]]), "grids": torch.tensor([[0, 0]]),
+        })  # fmt: skip
+    return made
+
+
+def batch_of(packing: bool) -> dict:
+    batch = Collator(0, packing)(samples())
+    batch.pop("ids")
+    return batch
+
+
+def packed_step(model, batch) -> torch.Tensor:
+    model.model.language_model.config._attn_implementation = PACKED_SDPA
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach()
+
+
+def padded_step(model, batch) -> torch.Tensor:
+    model.model.language_model.config._attn_implementation = "sdpa"
+    model.zero_grad()
+    labels = batch["labels"]
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.float()
+    loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1))
+    loss.backward()
+    return loss.detach()
+
+
+def bench_step(rounds: int = 3) -> float:
+    model, padded, packed = build(), batch_of(False), batch_of(True)
+    model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def straightforward() -> tuple:
+        return padded_step(model, padded), gradients(model)
+
+    def ours() -> tuple:
+        model.model.language_model.gradient_checkpointing_disable()  # what the packed step saves in memory
+        result = packed_step(model, packed), gradients(model)
+        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        return result
+
+    def gradients(model) -> list[torch.Tensor]:
+        return [p.grad.clone() for p in model.model.projector.parameters()] if check.first else []
+
+    def check(one: tuple, other: tuple) -> None:
+        torch.testing.assert_close(one[0], other[0], atol=1e-5, rtol=1e-5)
+        for left, right in zip(one[1], other[1], strict=True):
+            torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-3)
+        check.first = False
+
+    check.first = True
+    return compare("training step, vocabulary 152,064, 4 samples", straightforward, ours, check, rounds)
+
+
+def bench_memory() -> float:
+    """Peak memory of each step above the model itself, in processes of their own."""
+    peaks = {}
+    for kind in ("padded", "packed"):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.benchmarks.training", kind], capture_output=True, text=True, check=True
+        )
+        peaks[kind] = float(done.stdout.split()[-1])
+    ratio = peaks["packed"] / peaks["padded"]
+    print(
+        f"{'memory of that step above the weights':<44} {peaks['padded']:9.2f} GB {peaks['packed']:9.2f} GB  {ratio:5.2f}"
+    )
+    return ratio
+
+
+def measure(kind: str) -> None:
+    model = build()
+    batch = batch_of(kind == "packed")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (packed_step if kind == "packed" else padded_step)(model, batch)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
+
+
+def fill() -> None:
+    """Share of the work that does not wait for the largest pack, 32 ranks of 4 samples."""
+    from tests.data.test_packing import STAGES, lengths_of
+
+    for stage in STAGES:
+        costs = [min(length, 4096) for length in lengths_of(stage, 128 * 40)]
+        share = PackSampler(costs, 128, 1, 0, 32, seed=0).fill()
+        print(f"{'packs of the stage ' + stage + ', 32 ranks x 4':<44} {share:6.1%} of the work is not waiting")
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        measure(sys.argv[1])
+        return
+    header()
+    bench_step()
+    bench_memory()
+    fill()
+
+
+if __name__ == "__main__":
+    main()

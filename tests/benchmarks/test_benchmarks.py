@@ -3,6 +3,7 @@
 import pytest
 
 from tests.benchmarks.model import bench_encoder, bench_pixels, bench_resampler
+from tests.benchmarks.training import bench_memory, bench_step
 
 pytestmark = pytest.mark.slow
 
@@ -17,3 +18,8 @@ def test_resampler_is_half_as_fast_again():
 
 def test_encoder_without_padding_is_faster():
     assert bench_encoder() > 1
+
+
+def test_a_training_step_is_three_times_as_fast_in_half_the_memory():
+    assert bench_step(rounds=1) > 3
+    assert bench_memory() < 0.5

@@ -8,9 +8,9 @@ own packed step.
 """
 
 import random
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -46,14 +46,14 @@ def build() -> LlavaUHDForConditionalGeneration:
 
 def samples(count: int = 4) -> list[dict]:
     """Conversations of ragged length about one square picture each; a quarter of the text is learned."""
-    rng = random.Random(0)
-    made = []
+    rng, made = random.Random(0), []
+    generator = torch.Generator().manual_seed(0)
     for number in range(count):
         text = [rng.randrange(1000, 100_000) for _ in range(rng.choice((120, 180, 260, 420)))]
         learned = len(text) // 4
         ids = [1, *[IMAGE] * 16, *text]
         labels = [-100] * (len(ids) - learned) + text[-learned:]
-        pixels = torch.randint(0, 256, (64, 588), dtype=torch.uint8)
+        pixels = torch.randint(0, 256, (64, 588), dtype=torch.uint8, generator=generator)
         made.append({
             "id": str(number), "input_ids": ids, "labels": labels, "pixel_values": pixels,
             "slice_shapes": torch.tensor([[8, 8]]), "grids": torch.tensor([[0, 0]]),
@@ -129,9 +129,16 @@ def bench_memory() -> float:
 def measure(kind: str) -> None:
     model = build()
     batch = batch_of(kind == "packed")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
+    before = kilobytes("VmRSS")
     (packed_step if kind == "packed" else padded_step)(model, batch)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
+    print((kilobytes("VmHWM") - before) / 1e6)
+
+
+def kilobytes(name: str) -> int:
+    """A line of /proc/self/status."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1])
 
 
 def fill() -> None:

@@ -32,6 +32,6 @@ export ORIGINAL_CAPTION_FILE=$world/captioned.json ORIGINAL_COT_FILE=$world/reas
 export UNLABELLED_IMAGES=$world/unlabelled_images.json UNLABELLED_QUESTIONS=$world/unlabelled_questions.json
 export BENCHMARKS=$world/benchmarks
 # a model of a million parameters learns faster, and needs smaller batches, than one of seven billion
-export PRETRAIN_LEARNING_RATE=2e-3 PRETRAIN_BATCH=16 FINETUNE_LEARNING_RATE=1.5e-3 FINETUNE_BATCH=16 ACCU_STEPS=1
+export PRETRAIN_LEARNING_RATE=2e-3 PRETRAIN_BATCH=16 FINETUNE_LEARNING_RATE=5e-4 FINETUNE_BATCH=16 ACCU_STEPS=1
 export GRADIENT_CHECKPOINTING=False BATCH_SIZE=64 MAX_NEW_TOKENS=220
 bash training_scripts/run_sicog.sh

@@ -45,6 +45,7 @@ CAPTION_QUESTIONS = (
 )
 BENCHMARKS = {
     "ToyMCQ": ("color", "shape", "place"),
+    "ToyVQA": ("color", "shape", "place"),  # the same kinds of question, answered in words
     "ToyPOPE": ("exists",),
     "ToyCount": ("count",),
     "ToyRelation": ("relation",),

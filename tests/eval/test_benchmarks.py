@@ -245,7 +245,7 @@ def test_the_summary_counts_and_never_leaves_zero_to_one():
 
 def test_the_toy_benchmarks_are_answered_fully_by_their_own_answers(world):
     paths = sorted((world / "benchmarks").glob("*.tsv"))
-    assert [path.stem for path in paths] == ["ToyCount", "ToyMCQ", "ToyOCR", "ToyPOPE", "ToyRelation"]
+    assert [path.stem for path in paths] == ["ToyCount", "ToyMCQ", "ToyOCR", "ToyPOPE", "ToyRelation", "ToyVQA"]
     for path in paths:
         rows = read_tsv(path)
         assert len(rows) == 4

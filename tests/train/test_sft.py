@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -80,6 +81,28 @@ def test_killed_in_the_second_epoch_and_restarted_it_ends_with_the_same_weights(
     run(command(checkpoint, world, output))
     first, second = load_file(straight / "model.safetensors"), load_file(output / "model.safetensors")
     assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_at_any_moment_it_ends_with_the_same_weights(checkpoint, world, tmp_path):
+    flags = ("--max_steps", "30", "--save_steps", "3")
+    run(command(checkpoint, world, tmp_path / "straight", *flags))
+    rng, kills = random.Random(0), 0
+    while kills < 6:
+        process = subprocess.Popen(
+            command(checkpoint, world, tmp_path / "out", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(4, 9))  # from before the first step to the last
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills
+    run(command(checkpoint, world, tmp_path / "out", *flags))
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "out"))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 

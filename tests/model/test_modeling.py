@@ -39,6 +39,19 @@ def test_batch_equals_single_and_padding_does_not_leak(model, processor, prompts
             torch.testing.assert_close(together[index, -len(alone) :], alone, atol=1e-4, rtol=1e-4)
 
 
+def test_generate_on_a_batch_equals_one_at_a_time(model, processor, prompts):
+    images, texts = prompts
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    batch = processor(images=images, text=texts)
+    together = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
+    queue = iter(images)
+    for text, row in zip(texts, together, strict=True):
+        own = [next(queue) for _ in range(text.count("<image>"))]
+        single = processor(images=own or None, text=text)
+        alone = model.generate(**single, **settings)[0, single["input_ids"].shape[1] :].tolist()
+        assert row.tolist()[: len(alone)] == alone
+
+
 def test_generate_equals_stepwise_argmax(model, processor, prompts):
     images, texts = prompts
     inputs = processor(images=images[:1], text=texts[:1])

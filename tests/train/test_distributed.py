@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -104,6 +105,28 @@ def test_two_ranks_asked_to_leave_save_and_continue(checkpoint, world, tmp_path,
     losses(checkpoint, world, output, *flags, **settings)
     steps = [row["step"] for row in read_jsonl(output / "log.jsonl") if "loss" in row]
     assert steps == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_two_nodes_of_one_rank_give_the_losses_of_one(checkpoint, world, tmp_path):
+    """Two launches that know each other by NNODES, NODE_RANK and MASTER_ADDR alone, as on two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one = losses(checkpoint, world, tmp_path / "one", FINETUNE_BATCH="8")
+    output = tmp_path / "two"
+    shared = {"FINETUNE_BATCH": "4", "NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1"}
+    nodes = [
+        subprocess.Popen(
+            command(), stderr=subprocess.PIPE, text=True,
+            env=environment(checkpoint, world, output, NODE_RANK=str(rank), MASTER_PORT=str(port), **shared),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for node in nodes:
+        _, errors = node.communicate(timeout=300)
+        assert node.returncode == 0, errors[-3000:]
+    assert [row["loss"] for row in read_jsonl(output / "log.jsonl") if "loss" in row] == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Train the toy world's tokenizer, CLIP tower and language model from nothing.
 
-    OMP_NUM_THREADS=2 python -m llava.toy.pretrain --output NEW --minutes 40
+    OMP_NUM_THREADS=1 python -m llava.toy.pretrain --output NEW --minutes 40
 
 Real users start from pre-trained CLIP and Qwen2; the quickstart starts from these. The tokenizer is a byte-level BPE
 with Qwen2's special tokens. The tower (CLIP layout) learns what every patch shows; the language model (Qwen2 layout)
@@ -60,7 +60,6 @@ def language_config(tokenizer: Qwen2Tokenizer) -> Qwen2Config:
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"), pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.08,  # Qwen2's 0.02 suits a width of thousands; here attention would hardly ever start
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # Qwen2's; the default blurs what is far away
     )  # fmt: skip
 
 
@@ -80,9 +79,9 @@ def conversation(scene: Scene, rng: random.Random, opening: str) -> list[dict[st
         if form < 0.08:
             steps = tags_to_steps(texts.tagged_reasoning(scene, question))
             pairs.append((question.text, render_steps(COT_HEADINGS, steps)))
-        elif form < 0.28 and len(question.options) > 2:
+        elif form < 0.2 and len(question.options) > 2:
             pairs.append(texts.lettered(question, rng))
-        elif form < 0.55:
+        elif form < 0.5:
             pairs.append((f"{question.text}\n{ANSWER_SHORT}", question.answer))
         else:
             pairs.append((question.text, question.answer))  # short, so that a batch holds more questions
@@ -229,9 +228,9 @@ def pretrain(output: Path, minutes: float, batch_size: int = 16) -> None:
 
     minimise([*tower.parameters(), *classes.parameters()], patches, 0.25 * minutes, 2e-3, "tower")
     words = batches(processor, with_images=False, size=batch_size)
-    minimise(language.parameters(), lambda step: model.train()(**words(step)).loss, 0.2 * minutes, 2e-3, "language")
+    minimise(language.parameters(), lambda step: model.train()(**words(step)).loss, 0.25 * minutes, 2e-3, "language")
     seen = batches(processor, with_images=True, size=batch_size)
-    minimise(model.parameters(), lambda step: model(**seen(step)).loss, 0.55 * minutes, 1e-3, "together")
+    minimise(model.parameters(), lambda step: model(**seen(step)).loss, 0.5 * minutes, 1e-3, "together")
 
     tower.clip.half().save_pretrained(output / "clip")
     causal = Qwen2ForCausalLM(language_config(tokenizer))

@@ -185,7 +185,7 @@ def test_a_loss_that_is_no_number_stops_the_run(checkpoint, world, tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("asked", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_asked_to_leave_it_saves_and_the_same_command_continues(trained, checkpoint, world, tmp_path, asked):
     straight, _ = trained
     output = tmp_path / "out"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.model.image_processing_llava_uhd import LlavaUHDImageProcessor, patchify
@@ -140,6 +140,8 @@ def bench_encoder(rounds: int = 5) -> float:
         hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, image_size=336, patch_size=14
     )  # fmt: skip
     encoder = SliceEncoder(config, -2, [0.5] * 3, [0.25] * 3).eval()
+    plain = CLIPVisionModel(config).eval()
+    plain.load_state_dict(encoder.clip.state_dict())
     shapes = [(24, 24)] + [(20, 27)] * 4 + [(20, 27), (12, 44)]
     counts = [rows * columns for rows, columns in shapes]
     patches = torch.randint(0, 256, (sum(counts), 588), dtype=torch.uint8)
@@ -154,7 +156,7 @@ def bench_encoder(rounds: int = 5) -> float:
         valid = torch.arange(hidden.shape[1])[None] <= torch.tensor(counts)[:, None]
         mask = torch.zeros(len(rows), 1, 1, hidden.shape[1]).masked_fill(~valid[:, None, None], torch.finfo().min)
         states = [hidden]
-        for layer in clip.encoder.layers:
+        for layer in plain.encoder.layers:
             states.append(layer(states[-1], attention_mask=mask.expand(-1, 1, hidden.shape[1], -1)))
         return [state[1 : count + 1] for state, count in zip(states[-2], counts, strict=True)]
 

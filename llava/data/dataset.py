@@ -85,7 +85,7 @@ class ConversationDataset(Dataset):
 
         Raises ImageError for the first image whose header cannot be read.
         """
-        names = self.processor.tokenizer
+        tokenizer = self.processor.tokenizer
         turn = len(self.processor.encode_conversation([{"role": "user", "content": ""}] * 2, [])[0])
         opening = len(self.processor.encode_conversation([{"role": "user", "content": ""}], [])[0])
         turn, opening = turn - opening, 2 * opening - turn  # tokens around one message, and before the first
@@ -99,7 +99,7 @@ class ConversationDataset(Dataset):
                     counts[index, 2] += sum(rows * columns for rows, columns in shapes)
         for start in range(0, len(self), 1000):
             batch = [messages_of(record) for record in self.records[start : start + 1000]]
-            encoded = names([m["content"].replace(IMAGE, "") for ms in batch for m in ms], add_special_tokens=False)
+            encoded = tokenizer([m["content"].replace(IMAGE, "") for ms in batch for m in ms], add_special_tokens=False)
             lengths = iter(map(len, encoded["input_ids"]))
             for offset, messages in enumerate(batch):
                 own = sum(next(lengths) for _ in messages)

@@ -4,7 +4,7 @@
 
 A fresh process that cannot import this package loads the folder strictly and must give the same pixels, tokens and
 logits; token counts announced for sizes must equal the tokens made; and a `transformers serve` process must answer a
-chat-completions request with the checkpoint's own words. The server needs `pip install 'sicog[demo]'`.
+chat-completions request with the checkpoint's own words. The server needs the extra `demo`.
 """
 
 import argparse
@@ -25,21 +25,21 @@ from llava.errors import UserError, run_command
 
 QUESTION = "What is in the photo?"
 SIZES = ((336, 336), (337, 336), (640, 480), (480, 640), (1024, 300), (300, 1024), (48, 48), (90, 70), (1000, 1001))
-# Runs in the fresh process: arguments are the exported folder, the picture, the file to write.
+# Runs in the fresh process: arguments are the exported folder, the picture, the question, the file to write.
 PROBE = """
 import sys
 sys.modules["llava"] = None
 import numpy, torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-folder, picture, output = sys.argv[1:]
+folder, picture, text, output = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model, report = AutoModelForImageTextToText.from_pretrained(
     folder, dtype=torch.float32, trust_remote_code=True, output_loading_info=True
 )
 wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
 assert not wrong, f"not a strict load: {wrong}"
-question = [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": "What is in the photo?"}]
+question = [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": text}]
 batch = processor.apply_chat_template(
     [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=True, return_dict=True,
     return_tensors="pt",
@@ -78,7 +78,7 @@ def probe(exported: Path, image: Path) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "probe.npz"
         done = subprocess.run(
-            [sys.executable, "-c", PROBE, str(exported.resolve()), str(image), str(result)],
+            [sys.executable, "-c", PROBE, str(exported.resolve()), str(image), QUESTION, str(result)],
             cwd=folder, input="\n".join(f"{width} {height}" for width, height in SIZES), capture_output=True, text=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{folder}/modules", "PYTHONPATH": ""},
         )  # fmt: skip
@@ -207,7 +207,7 @@ def wait_for(address: str, server: subprocess.Popen, log, seconds: float) -> Non
             time.sleep(0.2)
     log.seek(0)
     last = (log.read().strip().splitlines() or ["it printed nothing"])[-1]
-    raise UserError(f"transformers serve did not come up: {last}. Fix: pip install 'sicog[demo]' brings what it needs")
+    raise UserError(f"transformers serve did not come up: {last}. Fix: run `bash training_scripts/setup.sh demo`")
 
 
 def chat(base_url: str, model: str, image) -> str:

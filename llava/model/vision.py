@@ -1,7 +1,8 @@
 """The CLIP tower over slices of any shape: packed uint8 patches in, patch features out.
 
 Shapes: N slices, P patches of all slices together, D vision width. A slice of (rows, columns) patches has
-rows*columns consecutive entries of P in row-major order. There is no padding and no attention mask. Weights and parameter names are those of HF's CLIPVisionModel.
+rows*columns consecutive entries of P in row-major order. There is no padding and no attention mask. Weights
+and parameter names are those of HF's CLIPVisionModel.
 Reference behaviour: a 24x24 table of positions, resized bicubically for every other shape, as in LLaVA-UHD.
 """
 

@@ -18,12 +18,14 @@ A100 = 312e12  # bf16 FLOP/s, dense
 UTILISATION = 0.4  # assumed for the estimate
 
 
-def report(dataset: ConversationDataset, sizes: np.ndarray, costs: list[float], model, arguments, world_size: int):
+def report(
+    dataset: ConversationDataset, sizes: np.ndarray, packs: PackSampler | None, model, arguments, world_size: int
+) -> Iterator[str]:
     """The lines of the preflight, as they become known.
 
     Args:
         sizes: of `dataset.sizes()`.
-        costs: what packs are balanced by.
+        packs: what trains together; None when rows are padded.
         model: with parts already frozen; may be on the meta device.
         arguments: the TrainingArguments.
 
@@ -35,10 +37,8 @@ def report(dataset: ConversationDataset, sizes: np.ndarray, costs: list[float], 
     yield from token_lines(dataset, sizes)
     yield from label_lines(dataset)
     yield batch_line(len(dataset), arguments, world_size)
-    accumulation = arguments.gradient_accumulation_steps
-    batch = arguments.per_device_train_batch_size * accumulation * world_size
-    fill = PackSampler(costs, batch, accumulation, 0, world_size, arguments.seed).fill()
-    yield f"packs        {fill:.1%} of the work is not waiting for the largest pack"
+    if packs:
+        yield f"packs        {packs.fill():.1%} of the work is not waiting for the largest pack"
     yield from model_lines(model, sizes, arguments, world_size)
 
 

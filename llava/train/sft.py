@@ -21,7 +21,7 @@ DEFAULTS = {
     "ddp_find_unused_parameters": False,
     "save_total_limit": 2,
     "logging_steps": 10,
-    "logging_nan_inf_filter": False,  # JsonlLog stops on a loss that is no number
+    "logging_nan_inf_filter": False,  # the trainer's guard stops on a loss that is no number
     "logging_first_step": True,
     "dataloader_num_workers": min(4, os.cpu_count() // 2),
 }
@@ -70,12 +70,12 @@ def preflight(model_arguments: ModelArguments, data_arguments: DataArguments, tr
 
     A checkpoint that does not exist yet (stage 1 assembles its own) is left out with a note.
     """
-    dataset = open_dataset(model_arguments, data_arguments, processor=None)
-    dataset.check_images()
     from llava.train.preflight import batch_line, report
 
     folder = Path(model_arguments.model_name_or_path)
     if not folder.exists():
+        dataset = open_dataset(model_arguments, data_arguments, processor=None)
+        dataset.check_images()
         print(f"records      {len(dataset):,}; every image header was read")
         print(batch_line(len(dataset), training_arguments, planned_world_size()))
         print(f"checkpoint   {folder} does not exist yet; the records were checked, the model was not")
@@ -92,9 +92,10 @@ def preflight(model_arguments: ModelArguments, data_arguments: DataArguments, tr
         model = LlavaUHDForConditionalGeneration(AutoConfig.from_pretrained(check_checkpoint(folder)))
     set_trainable(model, model_arguments.train_parts.split(","))
     dataset = open_dataset(model_arguments, data_arguments, load_processor(folder))
-    sizes = dataset.sizes()
+    sizes, world = dataset.sizes(), planned_world_size()
     costs = sample_costs(model, dataset, sizes)
-    for line in report(dataset, sizes, costs, model, training_arguments, planned_world_size()):
+    packs = pack_sampler(costs, training_arguments, rank=0, world=world) if data_arguments.packing else None
+    for line in report(dataset, sizes, packs, model, training_arguments, world):
         print(line)
     print(f"writes       {training_arguments.output_dir} (nothing was written)")
 
@@ -192,12 +193,14 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
         rank = model_arguments.lora_rank
         lora = add_lora(model, rank, model_arguments.lora_alpha or 2 * rank, model_arguments.lora_dropout)
     sizes = measured_sizes(dataset, training_arguments)
-    costs = sample_costs(model, dataset, sizes)
-    world = training_arguments.world_size
+    world, packs = training_arguments.world_size, None
+    if data_arguments.packing:
+        costs = sample_costs(model, dataset, sizes)
+        packs = pack_sampler(costs, training_arguments, training_arguments.process_index, world)
+        attend_within_samples(model)
     if training_arguments.process_index == 0:
-        lines = report(dataset, sizes, costs, model, training_arguments, world)
+        lines = report(dataset, sizes, packs, model, training_arguments, world)
         (output / "preflight.txt").write_text("".join(f"{line}\n" for line in lines))
-    packs = plan_packs(model, costs, training_arguments) if data_arguments.packing else None
     trainer = SupervisedTrainer(
         model=model,
         args=training_arguments,
@@ -226,25 +229,22 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
     return len(dataset), trainer.state.global_step
 
 
-def plan_packs(model, costs: list[float], training_arguments):
-    """Say which samples train together. The language model then attends within samples through `packed_sdpa`, unless
-    it has flash attention.
-    """
+def pack_sampler(costs: list[float], training_arguments, rank: int, world: int):
+    """Which samples train together, for this rank."""
     from llava.data.packing import PackSampler
+
+    accumulation = training_arguments.gradient_accumulation_steps
+    samples = training_arguments.per_device_train_batch_size * accumulation * world
+    return PackSampler(costs, samples, accumulation, rank, world, training_arguments.seed)
+
+
+def attend_within_samples(model) -> None:
+    """Let the language model read packed rows: through `packed_sdpa`, unless it has flash attention."""
     from llava.model.packed_attention import PACKED_SDPA
 
     text = model.model.language_model
     if text.config._attn_implementation != "flash_attention_2":
         text.config._attn_implementation = PACKED_SDPA
-    accumulation, world = training_arguments.gradient_accumulation_steps, training_arguments.world_size
-    return PackSampler(
-        costs,
-        training_arguments.per_device_train_batch_size * accumulation * world,
-        accumulation,
-        training_arguments.process_index,
-        world,
-        training_arguments.seed,
-    )
 
 
 def measured_sizes(dataset, training_arguments):

@@ -92,7 +92,11 @@ class EpochOrder(TrainerCallback):
 
 
 class Guard(TrainerCallback):
-    """Stops before an update that would spoil the weights, and writes down which records were in the batch."""
+    """Stops before an update that would spoil the weights, and writes down which records were in the batch.
+
+    DeepSpeed updates inside its backward pass and keeps gradients to itself: there the loss alone is seen, and the run
+    stops right after that update, before anything is saved.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder

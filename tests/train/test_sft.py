@@ -236,7 +236,7 @@ def test_records_without_an_answer_to_learn_are_refused(checkpoint, world, tmp_p
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}]
     silent.write_text(json.dumps([{"id": str(number), "conversations": turns} for number in range(4)]))
     result = run(command(checkpoint, world, tmp_path / "out", "--data_path", str(silent)), expect=2)
-    assert "error: " in result.stderr
+    assert "every answer is empty. Fix: give the gpt turn a text" in result.stderr
 
 
 def test_padded_rows_on_request(checkpoint, world, tmp_path):

@@ -195,6 +195,25 @@ def test_names_that_published_scripts_read_by_mistake_are_accepted_with_a_note(w
     assert "note: FINETUNE_RANK_BATCH is used as FINETUNE_BATCH" in result.stderr
 
 
+def test_dry_run_says_where_each_variable_came_from(world, checkpoint, tmp_path):
+    given = {"EXPERIMENT_NAME": "x", "PREV_STAGE_CHECKPOINT": checkpoint, "DATA_PATH": world / "instructions.json"}
+    given |= {
+        "FINETUNE_BATCH": 2,
+        "SLURM_NNODES": 2,
+        "SLURM_NODEID": 1,
+        "MASTER_ADDR": "10.0.0.1",
+        "HF_TOKEN": "secret",
+    }
+    out = bash("training_scripts/uhdv1-finetune-qwen-stage2-sft.sh", DRY_RUN="print", **given).stdout
+    rows = {line.split()[0]: line.split()[1:] for line in out.split("\n\n")[0].splitlines()}
+    assert rows["FINETUNE_BATCH"] == ["exported", "2"]
+    assert rows["FINETUNE_LEARNING_RATE"] == ["default", "2e-5"]
+    assert rows["OUTPUT_DIR"] == ["default", "model_weight/x"]
+    assert rows["NNODES"] == ["SLURM_NNODES", "2"]
+    assert rows["NODE_RANK"] == ["SLURM_NODEID", "1"]
+    assert "secret" not in out
+
+
 def test_variables_are_data_and_never_run(world, checkpoint, tmp_path):
     marker = tmp_path / "marker"
     for payload in (f"$(touch {marker})", f"`touch {marker}`", f"; touch {marker}", "a b*", "'\""):

@@ -2,9 +2,12 @@
 # Sourced by every stage script, after `cd` to the repository root.
 #   launch MODULE FLAGS...   one process per GPU through torchrun; a plain process where one is enough
 #   single MODULE FLAGS...   always one process
-# DRY_RUN=1 prints the exact command, then checks arguments and data without writing (DRY_RUN=print: the command only).
+# DRY_RUN=1 prints every variable and where it came from, the exact command, then checks arguments and data without
+# writing (DRY_RUN=print: no check).
 # Several nodes: NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE (SLURM's variables stand in for them), or
 # DISTRIBUTED_ARGS, which is handed to torchrun as it is. PYTHON names the interpreter.
+exported=" $(compgen -e | tr '\n' ' ') " # the variables the user gave, before defaults are filled in
+unset launch_variables
 export TOKENIZERS_PARALLELISM=false
 
 if [[ -z "${PYTHON:-}" ]]; then
@@ -46,17 +49,44 @@ launch() {
     elif [[ -n "${DRY_RUN:-}" ]]; then
         execute "$PYTHON" -m "$@"
     else
-        exec "$PYTHON" -m "$@" # launch is the last command of a script: signals reach the run itself
+        launch_variables=$(variables) exec "$PYTHON" -m "$@" # launch is the last command of a script: signals reach the run itself
     fi
+}
+
+# One line a variable of the calling script: name, value, origin. Secrets are not shown.
+variables() {
+    local variable value origin script=$0
+    if [[ "$script" != /* ]]; then script=$OLDPWD/$script; fi # every script has changed to the repository's root
+    # shellcheck disable=SC2016 # the pattern is looked for as it stands
+    for variable in $(grep -ohE '\$\{[A-Z][A-Z_]+' "$script" | cut -c3- | sort -u) NNODES NODE_RANK NPROC_PER_NODE DEEPSPEED_CONFIG; do
+        value=${!variable:-}
+        case "$variable" in
+            BASH_SOURCE) continue ;;
+            NNODES) origin=${SLURM_NNODES:+SLURM_NNODES} ;;
+            NODE_RANK) origin=${SLURM_NODEID:+SLURM_NODEID} ;;
+            *) origin= ;;
+        esac
+        if [[ "$exported" == *" $variable "* ]]; then
+            origin=exported
+        elif [[ -z "$value" ]]; then
+            eval "value=\"$(grep -ohE "\\\$\{$variable:-[^}]*\}" "$script" | head -n 1)\"" # as the script itself expands it
+        fi
+        if [[ "$variable" =~ _(KEY|TOKEN)$ && -n "$value" ]]; then value='(set)'; fi
+        if [[ -n "$value" ]]; then printf '%-28s %-12s %s\n' "$variable" "${origin:-default}" "$value"; fi
+    done
 }
 
 single() { execute "$PYTHON" -m "$@"; }
 
 execute() {
+    local shown=${launch_variables:-}
+    launch_variables=$(variables)
+    export launch_variables # for preflight.txt
     if [[ -z "${DRY_RUN:-}" ]]; then
         if [[ "$*" == *torch.distributed.run* ]]; then forward "$@"; else "$@"; fi
         return
     fi
+    if [[ -z "$shown" ]]; then printf '%s\n\n' "$launch_variables"; fi
     printf '%q ' "$@"
     printf '\n'
     if [[ "$DRY_RUN" != print ]]; then

@@ -15,7 +15,11 @@ CHUNK = 1024  # positions
 class LanguageModelHead(nn.Linear):
     """Hidden states -> logits, or with `targets` -> summed cross-entropy. One call whatever the number of tokens:
     under ZeRO-3 all ranks must call a module equally often.
+
+    `fused_loss`, when set, is a kernel that takes (weight, hidden, targets) and gives the same sum.
     """
+
+    fused_loss = None
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """
@@ -28,6 +32,8 @@ class LanguageModelHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden)
+        if self.fused_loss is not None:
+            return self.fused_loss(self.weight, hidden, targets)
         if len(hidden) <= CHUNK or not torch.is_grad_enabled():
             return self.chunk_loss(hidden, targets)
         parts = [

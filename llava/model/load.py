@@ -59,7 +59,7 @@ def load_processor(folder: str | Path) -> LlavaUHDProcessor:
 
 
 def load_model(
-    folder: str | Path, dtype: torch.dtype, attn_implementation: str | None = None
+    folder: str | Path, dtype: torch.dtype, attn_implementation: str | None = None, quantization_config=None
 ) -> LlavaUHDForConditionalGeneration:
     """Load in evaluation mode on the CPU; every parameter must be in the file and every tensor used.
 
@@ -71,7 +71,11 @@ def load_model(
     quiet()
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            check_checkpoint(folder), dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+            check_checkpoint(folder),
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]

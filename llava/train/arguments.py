@@ -4,6 +4,7 @@ Only the standard library is imported here, so that `--help` and a mistyped flag
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 from dataclasses import MISSING, dataclass, field, fields
@@ -13,7 +14,8 @@ from llava.errors import UserError
 
 NOTE = """Every flag of transformers.TrainingArguments is accepted too: --learning_rate, --num_train_epochs,
 --per_device_train_batch_size, --deepspeed, --report_to (tensorboard, wandb, trackio), --save_steps, ...
---bf16 is on where a GPU is present, unless --bf16 False or --fp16 is given."""
+--bf16 is on where a GPU is present, unless --bf16 False or --fp16 is given; --use_liger_kernel where liger-kernel is
+installed beside a GPU."""
 
 
 def flag(help_text: str, default: Any = MISSING, **more: Any):
@@ -33,6 +35,11 @@ class ModelArguments:
     lora_rank: int = flag("train additions of this rank to the language model's layers (LoRA) instead of them", 0)
     lora_alpha: int | None = flag("LoRA's scale; default: twice the rank", None)
     lora_dropout: float = flag("dropout of LoRA's inputs", 0.0)
+    four_bit: bool = flag("with --lora_rank: hold the language model in 4 bits while training (QLoRA)", False)
+    recompute: str = flag(
+        "with --gradient_checkpointing: `selective` keeps attention and narrow products, `full` recomputes all",
+        "selective",
+    )
     attn_implementation: str | None = flag("sdpa, eager or flash_attention_2; default: flash if installed", None)
 
 
@@ -84,6 +91,8 @@ def parse_arguments(module: str, description: str, *own: type, defaults: dict[st
     }
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and "fp16" not in given
     hardware: dict[str, Any] = {"bf16": True} if bf16 else {}
+    if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
+        hardware["use_liger_kernel"] = True
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         hardware["use_cpu"] = True
     for name, value in {**defaults, **hardware}.items():

@@ -13,7 +13,9 @@ PARTS = ("vision", "projector", "language")
 
 
 def numbers(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter holds over all ranks; under ZeRO-3 each rank keeps a part of it."""
+    """How many numbers a parameter holds over all ranks: ZeRO-3 keeps a part on each, 4 bits put two into a byte."""
+    if hasattr(parameter, "quant_state"):
+        return parameter.quant_state.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
@@ -36,8 +38,8 @@ def set_trainable(model: LlavaUHDForConditionalGeneration, parts: list[str]) -> 
     model.requires_grad_(False)
     modules = part_modules(model)
     for part in parts:
-        for module in modules[part]:
-            module.requires_grad_(True)
+        for parameter in (p for module in modules[part] for p in module.parameters()):
+            parameter.requires_grad_(parameter.is_floating_point())  # not those held in 4 bits
     for parameter in model.model.vision_tower.unused_parameters():
         parameter.requires_grad_(False)
     counts = {}

@@ -19,7 +19,13 @@ UTILISATION = 0.4  # assumed for the estimate
 
 
 def report(
-    dataset: ConversationDataset, sizes: np.ndarray, packs: PackSampler | None, model, arguments, world_size: int
+    dataset: ConversationDataset,
+    sizes: np.ndarray,
+    packs: PackSampler | None,
+    model,
+    arguments,
+    world_size: int,
+    four_bit: bool = False,
 ) -> Iterator[str]:
     """The lines of the preflight, as they become known.
 
@@ -28,6 +34,7 @@ def report(
         packs: what trains together; None when rows are padded.
         model: with parts already frozen; may be on the meta device.
         arguments: the TrainingArguments.
+        four_bit: the language model's frozen matrices take half a byte a number.
 
     Raises:
         UserError: no token of the whole dataset is learned from.
@@ -39,7 +46,7 @@ def report(
     yield batch_line(len(dataset), arguments, world_size)
     if packs:
         yield f"packs        {packs.fill():.1%} of the work is not waiting for the largest pack"
-    yield from model_lines(model, sizes, arguments, world_size)
+    yield from model_lines(model, sizes, arguments, world_size, four_bit)
 
 
 def batch_line(samples: int, arguments, world_size: int) -> str:
@@ -99,7 +106,7 @@ def label_lines(dataset: ConversationDataset, samples: int = 64) -> Iterator[str
     yield from (f"             | {line}" for line in text.strip().splitlines() if line.strip())
 
 
-def model_lines(model, sizes: np.ndarray, arguments, world_size: int) -> Iterator[str]:
+def model_lines(model, sizes: np.ndarray, arguments, world_size: int, four_bit: bool) -> Iterator[str]:
     trained, total = {}, 0
     for part in PARTS:
         own = {id(p): p for module in part_modules(model)[part] for p in module.parameters()}.values()
@@ -107,7 +114,11 @@ def model_lines(model, sizes: np.ndarray, arguments, world_size: int) -> Iterato
         total += sum(numbers(p) for p in own)
     learning = sum(trained.values())
     yield f"trains       {', '.join(f'{part} {count:,}' for part, count in trained.items() if count)} of {total:,} parameters"
-    yield f"memory       about {memory(total, learning, arguments, world_size) / 2**30:.2f} GiB a device, activations not counted"
+    needed = memory(total, learning, arguments, world_size)
+    if four_bit:
+        matrices = [p for p in model.model.language_model.layers.parameters() if p.ndim == 2 and not p.requires_grad]
+        needed -= (4 - 0.52) * sum(map(numbers, matrices))  # and scales: 0.127 bits a number (arXiv 2305.14314)
+    yield f"memory       about {needed / 2**30:.2f} GiB a device, activations not counted"
     vision = sum(numbers(p) for p in model.model.vision_tower.parameters())
     frozen = total - learning
     passes = 6 * learning + 4 * frozen * (learning > 0)  # forward and backward; frozen parts pass gradients through

@@ -91,11 +91,13 @@ def preflight(model_arguments: ModelArguments, data_arguments: DataArguments, tr
     with torch.device("meta"):
         model = LlavaUHDForConditionalGeneration(AutoConfig.from_pretrained(check_checkpoint(folder)))
     set_trainable(model, model_arguments.train_parts.split(","))
+    if model_arguments.lora_rank:
+        lora_of(model, model_arguments)
     dataset = open_dataset(model_arguments, data_arguments, load_processor(folder))
     sizes, world = dataset.sizes(), planned_world_size()
     costs = sample_costs(model, dataset, sizes)
     packs = pack_sampler(costs, training_arguments, rank=0, world=world) if data_arguments.packing else None
-    for line in report(dataset, sizes, packs, model, training_arguments, world):
+    for line in report(dataset, sizes, packs, model, training_arguments, world, model_arguments.four_bit):
         print(line)
     print(f"writes       {training_arguments.output_dir} (nothing was written)")
 
@@ -127,6 +129,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, traini
         * training_arguments.gradient_accumulation_steps
         * training_arguments.world_size,
     }
+    del identity["recompute"]  # changes memory and time alone, and may be changed when memory ran out
     inputs = [model_arguments.model_name_or_path, *data_arguments.data_path.split(",")]
     if rank() != 0:
         if not join_run(output, stage, identity, inputs):
@@ -154,19 +157,29 @@ def check_engine(model_arguments: ModelArguments, training_arguments) -> None:
         )
     if model_arguments.lora_rank and training_arguments.deepspeed and training_arguments.hf_deepspeed_config.is_zero3():
         raise UserError("--lora_rank cannot be merged under ZeRO-3. Fix: DEEPSPEED_CONFIG=training_scripts/zero2.json")
+    if model_arguments.four_bit and not model_arguments.lora_rank:
+        raise UserError(
+            "--four_bit alone has nothing to train: 4-bit weights stay as they are. Fix: add --lora_rank 16"
+        )
+    if model_arguments.four_bit and (training_arguments.deepspeed or training_arguments.fsdp):
+        raise UserError("--four_bit runs without DeepSpeed and FSDP. Fix: DEEPSPEED_CONFIG=none")
+    if model_arguments.recompute not in ("selective", "full"):
+        raise UserError(f"--recompute {model_arguments.recompute!r} is neither selective nor full")
 
 
 def run_training(model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments) -> tuple[int, int]:
     """Train to the end, continuing from the newest complete checkpoint; returns (samples, steps)."""
     import torch
+    from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from llava.data.collator import Collator
     from llava.model.load import load_model, load_processor
     from llava.runs import Preempted
-    from llava.train.lora import add_lora, merge
+    from llava.train.lora import four_bit, merge, merge_into
     from llava.train.parts import set_trainable
     from llava.train.preflight import report
+    from llava.train.recompute import checkpointing_kwargs
     from llava.train.trainer import (
         JsonlLog,
         LossBar,
@@ -182,16 +195,24 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+    dtype = torch.bfloat16 if training_arguments.deepspeed and training_arguments.bf16 else torch.float32
     model = load_model(
         model_arguments.model_name_or_path,
-        dtype=torch.bfloat16 if training_arguments.deepspeed and training_arguments.bf16 else torch.float32,
+        dtype=dtype,
         attn_implementation=model_arguments.attn_implementation,
+        quantization_config=four_bit(torch.bfloat16 if training_arguments.bf16 else dtype)
+        if model_arguments.four_bit
+        else None,
     )
     set_trainable(model, model_arguments.train_parts.split(","))
-    lora = None
-    if model_arguments.lora_rank:
-        rank = model_arguments.lora_rank
-        lora = add_lora(model, rank, model_arguments.lora_alpha or 2 * rank, model_arguments.lora_dropout)
+    set_seed(training_arguments.seed)  # LoRA starts from random numbers
+    lora = lora_of(model, model_arguments) if model_arguments.lora_rank else None
+    if training_arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable(checkpointing_kwargs(model_arguments.recompute == "selective"))
+        training_arguments.gradient_checkpointing = False  # done; the Trainer would do it again, its own way
+    if training_arguments.use_liger_kernel:
+        fuse(model)
+        training_arguments.use_liger_kernel = False  # done; the Trainer does not know the model
     sizes = measured_sizes(dataset, training_arguments)
     world, packs = training_arguments.world_size, None
     if data_arguments.packing:
@@ -199,7 +220,8 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
         packs = pack_sampler(costs, training_arguments, training_arguments.process_index, world)
         attend_within_samples(model)
     if training_arguments.process_index == 0:
-        lines = report(dataset, sizes, packs, model, training_arguments, world)
+        lines = os.environ.get("launch_variables", "").splitlines()
+        lines += report(dataset, sizes, packs, model, training_arguments, world, model_arguments.four_bit)
         (output / "preflight.txt").write_text("".join(f"{line}\n" for line in lines))
     trainer = SupervisedTrainer(
         model=model,
@@ -208,6 +230,7 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
         data_collator=Collator(dataset.processor.tokenizer.pad_token_id, data_arguments.packing),
         processing_class=dataset.processor,
         packs=packs,
+        save_trained_only=bool(lora),
         callbacks=[JsonlLog(output)],
     )
     preemption = Preemption()
@@ -221,12 +244,26 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
     trainer.train(resume_from_checkpoint=checkpoint)
     if preemption.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Preempted(f"saved at step {trainer.state.global_step}")
-    if lora:
-        merge(lora)
-    trainer.save_model()
+    if model_arguments.four_bit:
+        if trainer.is_world_process_zero():
+            whole = load_model(model_arguments.model_name_or_path, dtype=torch.float32)
+            merge_into(whole, trainer.model.cpu())
+            whole.save_pretrained(output)
+            dataset.processor.save_pretrained(output)
+    else:
+        if lora:
+            merge(lora)
+        trainer.save_trained_only = False
+        trainer.save_model()
     if trainer.is_world_process_zero():
         plot_loss(output)
     return len(dataset), trainer.state.global_step
+
+
+def lora_of(model, arguments: ModelArguments):
+    from llava.train.lora import add_lora
+
+    return add_lora(model, arguments.lora_rank, arguments.lora_alpha or 2 * arguments.lora_rank, arguments.lora_dropout)
 
 
 def pack_sampler(costs: list[float], training_arguments, rank: int, world: int):
@@ -236,6 +273,20 @@ def pack_sampler(costs: list[float], training_arguments, rank: int, world: int):
     accumulation = training_arguments.gradient_accumulation_steps
     samples = training_arguments.per_device_train_batch_size * accumulation * world
     return PackSampler(costs, samples, accumulation, rank, world, training_arguments.seed)
+
+
+def fuse(model) -> None:
+    """Liger's fused kernels (arXiv 2410.10989) for the language model's layers and the loss."""
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError as error:
+        raise UserError(
+            f"--use_liger_kernel: {error}. Fix: run `bash training_scripts/setup.sh train liger`"
+        ) from error
+    from transformers.integrations.liger import apply_liger_kernel
+
+    apply_liger_kernel(model.model.language_model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
+    model.lm_head.fused_loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
 
 
 def attend_within_samples(model) -> None:

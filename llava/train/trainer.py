@@ -10,9 +10,11 @@ import signal
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from llava.data.packing import PackSampler
 from llava.errors import UserError
@@ -32,11 +34,13 @@ class SupervisedTrainer(Trainer):
 
     Args:
         packs: which samples train together; None for the Trainer's own random order of padded batches.
+        save_trained_only: checkpoints leave out what does not train (LoRA); the rest is where the run started from.
     """
 
-    def __init__(self, *args, packs: PackSampler | None, **kwargs):
+    def __init__(self, *args, packs: PackSampler | None, save_trained_only: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.packs = packs
+        self.save_trained_only = save_trained_only
         self.add_callback(EpochOrder(self))
         self.add_callback(EngineCheck(self))
         self.guard = Guard(Path(self.args.output_dir))
@@ -55,6 +59,20 @@ class SupervisedTrainer(Trainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        if not self.save_trained_only:
+            super()._save(output_dir, state_dict)
+            return
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        trained = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
+        save_file(trained, Path(output_dir) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        if not self.save_trained_only:
+            super()._issue_warnings_after_load(load_result)
+        elif load_result.unexpected_keys:
+            raise UserError(f"the checkpoint trained other parts: {load_result.unexpected_keys[0]}")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids = inputs.pop("ids", [])

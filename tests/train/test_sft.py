@@ -185,13 +185,9 @@ def test_a_loss_that_is_no_number_stops_the_run(checkpoint, world, tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("asked", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
-def test_asked_to_leave_it_saves_and_the_same_command_continues(trained, checkpoint, world, tmp_path, asked):
-    straight, _ = trained
-    output = tmp_path / "out"
-    # no checkpoint of its own accord before the end; the signal comes while the first steps run
-    flags = ("--save_steps", "100")
-    process = subprocess.Popen(command(checkpoint, world, output, *flags), stderr=subprocess.PIPE, text=True)
+def preempted_and_continued(arguments, output, asked):
+    """Ask the run to leave after its first steps; the same command then finishes it."""
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 240
     while not (output / "log.jsonl").is_file():
         assert process.poll() is None, "finished before it could be asked"
@@ -203,7 +199,16 @@ def test_asked_to_leave_it_saves_and_the_same_command_continues(trained, checkpo
     assert "asked to leave; saved at step" in errors
     assert json.loads((output / "run.json").read_text())["status"] == "preempted"
     assert not (output / "model.safetensors").exists()
-    run(command(checkpoint, world, output, *flags))
+    run(arguments)
+
+
+@pytest.mark.parametrize("asked", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
+def test_asked_to_leave_it_saves_and_the_same_command_continues(trained, checkpoint, world, tmp_path, asked):
+    straight, _ = trained
+    output = tmp_path / "out"
+    # no checkpoint of its own accord before the end; the signal comes while the first steps run
+    flags = ("--save_steps", "100")
+    preempted_and_continued(command(checkpoint, world, output, *flags), output, asked)
     first, second = load_file(straight / "model.safetensors"), load_file(output / "model.safetensors")
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -224,6 +229,37 @@ def test_lora_ends_in_a_complete_checkpoint_that_moved_where_it_should(checkpoin
     assert layers
     assert all(".self_attn." in name or ".mlp." in name for name in layers)
     assert all(name.startswith("model.language_model.layers.") for name in layers)
+
+
+def test_four_bits_are_resumed_and_end_in_whole_weights(checkpoint, world, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the extra `qlora` is not installed")
+    from llava.model.load import load_model
+
+    flags = (
+        "--lora_rank",
+        "4",
+        "--four_bit",
+        "--gradient_checkpointing",
+        "True",
+        "--train_parts",
+        "projector,language",
+    )
+    straight, output = tmp_path / "straight", tmp_path / "out"
+    run(command(checkpoint, world, straight, *flags))
+    preempted_and_continued(command(checkpoint, world, output, *flags, "--save_steps", "100"), output, signal.SIGUSR1)
+    before, after = load_model(checkpoint, torch.float32), load_model(straight, torch.float32)  # strict
+    weights = after.state_dict()
+    moved = {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, weights[name])}
+    assert any(name.startswith("model.projector.") for name in moved)
+    assert sum(".self_attn.q_proj.weight" in name for name in moved) == after.config.text_config.num_hidden_layers
+    assert not any("norm" in name for name in moved if name.startswith("model.language_model"))
+    for name, tensor in load_model(output, torch.float32).state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_four_bits_alone_are_refused(checkpoint, world, tmp_path):
+    result = run(command(checkpoint, world, tmp_path / "out", "--four_bit"), expect=2)
+    assert "add --lora_rank 16" in result.stderr
 
 
 def test_fsdp_on_a_cpu_is_refused(checkpoint, world, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.benchmarks.model import bench_encoder, bench_pixels, bench_resampler
-from tests.benchmarks.training import bench_memory, bench_step
+from tests.benchmarks.training import bench_memory, bench_step, bench_trainers
 
 pytestmark = pytest.mark.slow
 
@@ -23,3 +23,7 @@ def test_encoder_without_padding_is_faster():
 def test_a_training_step_is_three_times_as_fast_in_half_the_memory():
     assert bench_step(rounds=1) > 3
     assert bench_memory() < 0.5
+
+
+def test_training_is_twice_as_fast_as_with_the_trainers_people_use():
+    assert all(ratio > 2 for ratio in bench_trainers(steps=1).values())

@@ -7,20 +7,26 @@ float32, and encodes one picture after another, padded and masked, through all l
 own packed step.
 """
 
+import importlib.util
+import inspect
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, Qwen2Config
+from transformers import AutoTokenizer, CLIPVisionConfig, Qwen2Config, Trainer, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.trainer_callback import PrinterCallback
 
 from llava.data.collator import Collator
 from llava.data.packing import PackSampler
 from llava.model.configuration_llava_uhd import LlavaUHDConfig
 from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
 from llava.model.packed_attention import PACKED_SDPA
+from llava.train.trainer import SupervisedTrainer
 from tests.benchmarks.compare import compare, header
 
 VOCABULARY = 152_064
@@ -111,6 +117,90 @@ def bench_step(rounds: int = 3) -> float:
     return compare("training step, vocabulary 152,064, 4 samples", straightforward, ours, check, rounds)
 
 
+class AllLogits:
+    """A model whose forward pass gives logits of every position, and the loss from them, as stock models do."""
+
+    def __init__(self, model):
+        self.model, self.forward = model, model.forward
+
+    def __enter__(self):
+        def forward(*args, labels=None, num_items_in_batch=None, **inputs):
+            outputs = self.forward(*args, **inputs)
+            if labels is not None:
+                outputs.loss = ForCausalLMLoss(outputs.logits, labels, VOCABULARY, num_items_in_batch)
+            return outputs
+
+        forward.__signature__ = inspect.signature(self.forward)
+        self.model.forward = forward
+        self.model.model.language_model.config._attn_implementation = "sdpa"
+
+    def __exit__(self, *_):
+        self.model.forward = self.forward
+        self.model.model.language_model.config._attn_implementation = PACKED_SDPA
+
+
+def bench_trainers(steps: int = 2) -> dict[str, float]:
+    """Whole trainers, from the first batch to the last update: transformers' and TRL's on padded rows, and ours."""
+    model, data, folder = build(), samples(), tempfile.mkdtemp()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    common = {
+        "output_dir": folder, "per_device_train_batch_size": 4, "max_steps": steps, "logging_steps": 1, "use_cpu": True,
+        "save_strategy": "no", "report_to": "none", "remove_unused_columns": False, "disable_tqdm": True,
+        "label_names": ["labels"], "max_grad_norm": 1.0, "lr_scheduler_type": "constant", "learning_rate": 1e-4,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }  # fmt: skip
+
+    def padded(batch: list[dict]) -> dict:
+        batch = Collator(0, packing=False)(batch)
+        batch.pop("ids")
+        return batch
+
+    def stock() -> list[float]:
+        arguments = TrainingArguments(**common, gradient_checkpointing=True)
+        with AllLogits(model):
+            return train(Trainer(model=model, args=arguments, train_dataset=data, data_collator=padded))
+
+    def trl() -> list[float]:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        arguments = SFTConfig(**common, gradient_checkpointing=True, dataset_kwargs={"skip_prepare_dataset": True})
+        places = Dataset.from_dict({"place": list(range(len(data)))})
+        tokenizer = AutoTokenizer.from_pretrained("llava/toy/weights/qwen2")  # asked for, not used
+        with AllLogits(model):
+            return train(SFTTrainer(
+                model=model, args=arguments, train_dataset=places, processing_class=tokenizer,
+                data_collator=lambda rows: padded([data[row["place"]] for row in rows]),
+            ))  # fmt: skip
+
+    def ours() -> list[float]:
+        model.gradient_checkpointing_disable()  # what packing and the chunked loss save in memory
+        arguments = TrainingArguments(**common, gradient_checkpointing=False)
+        packs = PackSampler([len(sample["input_ids"]) for sample in data], 4, 1, 0, 1, seed=0)
+        collator = Collator(0, packing=True)
+        return train(
+            SupervisedTrainer(model=model, args=arguments, train_dataset=data, data_collator=collator, packs=packs)
+        )
+
+    def train(trainer) -> list[float]:
+        model.load_state_dict(start)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    def check(one: list[float], other: list[float]) -> None:
+        assert len(one) == len(other) == steps
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), atol=2e-4, rtol=1e-4)
+
+    baselines = {"transformers' Trainer": stock}
+    if importlib.util.find_spec("trl") and importlib.util.find_spec("datasets"):
+        baselines["TRL's SFTTrainer"] = trl
+    ratios = {}
+    for name, baseline in baselines.items():
+        ratios[name] = compare(f"{steps} steps, against {name}", baseline, ours, check, rounds=2)
+    return ratios
+
+
 def bench_memory() -> float:
     """Peak memory of each step above the model itself, in processes of their own."""
     peaks = {}
@@ -157,6 +247,7 @@ def main() -> None:
         return
     header()
     bench_step()
+    bench_trainers()
     bench_memory()
     fill()
 

@@ -4,6 +4,7 @@ Only the standard library is imported here, so that `--help` and a mistyped flag
 """
 
 import argparse
+import datetime
 import importlib.util
 import os
 import sys
@@ -99,6 +100,10 @@ def parse_arguments(module: str, description: str, *own: type, defaults: dict[st
         if name not in given:
             arguments += [f"--{name}", str(value)]
     arguments += accumulation_flag(arguments)
+    if hardware.get("use_cpu") and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # transformers hands --ddp_timeout on for GPUs alone
+        seconds = int(flag_values(arguments).get("ddp_timeout", 1800))
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds))
     *parsed, unknown = HfArgumentParser((*own, TrainingArguments)).parse_args_into_dataclasses(
         arguments, return_remaining_strings=True
     )

@@ -208,7 +208,10 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
     set_seed(training_arguments.seed)  # LoRA starts from random numbers
     lora = lora_of(model, model_arguments) if model_arguments.lora_rank else None
     if training_arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable(checkpointing_kwargs(model_arguments.recompute == "selective"))
+        # with DeepSpeed 0.19's ZeRO-3, which replaces the linear function, keeping products gave other losses
+        zero3 = training_arguments.deepspeed and training_arguments.hf_deepspeed_config.is_zero3()
+        selective = model_arguments.recompute == "selective" and not zero3
+        model.gradient_checkpointing_enable(checkpointing_kwargs(selective))
         training_arguments.gradient_checkpointing = False  # done; the Trainer would do it again, its own way
     if training_arguments.use_liger_kernel:
         fuse(model)
@@ -286,7 +289,7 @@ def fuse(model) -> None:
     from transformers.integrations.liger import apply_liger_kernel
 
     apply_liger_kernel(model.model.language_model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
-    model.lm_head.fused_loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    model.lm_head.fused_loss = LigerFusedLinearCrossEntropyLoss(reduction="sum").forward  # a module would be registered
 
 
 def attend_within_samples(model) -> None:

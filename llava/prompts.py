@@ -29,6 +29,7 @@ COT_TAGS = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")  # LLaVA-CoT's tags
 
 IMAGE = "<image>"
 DESCRIBE_STEPS = " Describe the image step-by-step."
+PUBLISHED_DESCRIBE_STEPS = " Describe the image step by step."  # what the paper's code put into annotated questions
 ANSWER_STEPS = "Answer the question step-by-step."
 ANSWER_SHORT = "Answer the question using a single word or phrase."
 ANSWER_LETTER = "Answer with the option's letter from the given choices directly."

@@ -14,6 +14,7 @@ Rows are matched by `id`, never by position. A row that fails is written to `<ou
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -165,16 +166,6 @@ def check_for_training(record: Record, where: str) -> None:
     """Everything a training record must be: see `check_placeholders` and `check_trainable`."""
     check_placeholders(record, where)
     check_trainable(record, where)
-
-
-def read_unique(path: str | Path) -> Iterator[Record]:
-    """`read_records`, refusing an id that occurs twice."""
-    seen: set[str] = set()
-    for record in read_records(path):
-        if record["id"] in seen:
-            raise fail(str(path), f"id {record['id']!r} occurs twice", "make ids unique; results are matched by id")
-        seen.add(record["id"])
-        yield record
 
 
 def dump(record: Any) -> str:
@@ -372,7 +363,11 @@ def main() -> None:
         print(f"{write_records(arguments.output, numbered(arguments.files))} records in {arguments.output}")
     else:
         for path in arguments.files:
-            print(f"{path}: {sum(1 for _ in read_unique(path))} records, all valid, ids unique")
+            ids = [record["id"] for record in read_records(path)]
+            if len(set(ids)) < len(ids):
+                twice = next(identifier for identifier, count in Counter(ids).items() if count > 1)
+                raise fail(path, f"id {twice!r} occurs twice", "make ids unique; results are matched by id")
+            print(f"{path}: {len(ids)} records, all valid, ids unique")
             if arguments.training:
                 list_training_problems(path)
 

@@ -13,16 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import UserError, run_command
+from llava.ids import read_unique
 from llava.prompts import final_answer, final_description, with_image
-from llava.records import (
-    Record,
-    RecordError,
-    images_of,
-    question_of,
-    read_unique,
-    rejection,
-    write_records,
-)
+from llava.records import Record, RecordError, images_of, question_of, rejection, write_records
 from llava.runs import open_run
 from llava.seeds import seed_of
 

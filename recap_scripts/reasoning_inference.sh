@@ -1,26 +1,28 @@
 #!/usr/bin/env bash
-# Step 2, reasoning: response candidates for unlabelled image-question pairs. Call it once per PROMPT.
-#   reads   MODEL_PATH (checkpoint folder), DATA_PATH (records; with SPLIT the file is ${DATA_PATH}_${SPLIT}.json)
+# Step 2, reasoning: response candidates for unlabelled image-question pairs.
+#   reads   MODEL_PATH (checkpoint folder; or ENDPOINT and MODEL, a chat-completions server), DATA_PATH (records; with SPLIT the file is ${DATA_PATH}_${SPLIT}.json)
 #   writes  OUTPUT_DIR/candidates.jsonl, default runs/<data>_<PROMPT>_t<TEMPERATURE>_b<BEAMS>_p<TOP_P>
-#   usage   MODEL_PATH=model_weight/reasoning DATA_PATH=data/questions.json PROMPT=cot-default N_CANDIDATES=2 \
+#   usage   MODEL_PATH=model_weight/reasoning DATA_PATH=data/questions.json PROMPT=cot-default,default N_CANDIDATES=2,1 \
 #           bash recap_scripts/reasoning_inference.sh [any flag]
 #   AUGMENT_METHODS=gaussian_blur,color_jitter,mirror_rotation,mask corrupts the images first (noisy answers for DPO).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source training_scripts/launch.sh
 
-: "${MODEL_PATH:?the warmed-up checkpoint folder, for example MODEL_PATH=model_weight/reasoning}"
+if [[ -z "${ENDPOINT:-}" ]]; then : "${MODEL_PATH:?the warmed-up checkpoint folder, for example MODEL_PATH=model_weight/reasoning, or ENDPOINT=http://127.0.0.1:8000/v1 MODEL=name}"; fi
 : "${DATA_PATH:?records with image and question, for example DATA_PATH=data/questions.json}"
-require_path MODEL_PATH
+if [[ -n "${MODEL_PATH:-}" ]]; then require_path MODEL_PATH; fi
+array_rank
 if [[ -n "${SPLIT:-}" ]]; then DATA_PATH=${DATA_PATH}_${SPLIT}.json; fi
-PROMPT=${PROMPT:-cot-default} # cot-default or default
+PROMPT=${PROMPT:-cot-default} # of cot-default and default, comma-separated
 TEMPERATURE=${TEMPERATURE:-0.7}
 BEAMS=${BEAMS:-1}
 TOP_P=${TOP_P:-0.9}
 name=$(basename "${DATA_PATH%.*}")_${PROMPT}_t${TEMPERATURE}_b${BEAMS}_p${TOP_P}${AUGMENT_METHODS:+_$AUGMENT_METHODS}
 
 launch llava.generate.reason \
-    --model_name_or_path "$MODEL_PATH" \
+    ${MODEL_PATH:+--model_name_or_path "$MODEL_PATH"} \
+    ${ENDPOINT:+--endpoint "$ENDPOINT" --model "${MODEL:-}"} \
     --data_path "$DATA_PATH" \
     ${IMAGE_FOLDER:+--image_folder "$IMAGE_FOLDER"} \
     --prompt "$PROMPT" \
@@ -31,6 +33,7 @@ launch llava.generate.reason \
     --max_new_tokens "${MAX_NEW_TOKENS:-1200}" \
     --augment "${AUGMENT_METHODS:-}" \
     --batch_size "${BATCH_SIZE:-8}" \
+    --round "${ROUND:-1}" \
     --seed "${SEED:-0}" \
     --output_dir "${OUTPUT_DIR:-runs/$name}" \
     "$@"

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = (
-    "annotated/cod", "annotated/cot", "align", "base", "perception", "reasoning", "candidates/captions-cod-default",
-    "candidates/captions-default", "candidates/responses-cot-default", "candidates/responses-default", "curated/captions",
+    "annotated/cod", "annotated/cot", "align", "base", "perception", "reasoning", "candidates/captions",
+    "candidates/responses", "curated/captions",
     "curated/reasoning", "pretrained", "sicog", "evaluation/base", "evaluation/sicog",
 )  # fmt: skip
 
@@ -59,7 +59,7 @@ def test_the_loop_closes_survives_a_kill_and_is_recognised(variables):
     work = ROOT / "runs" / variables["EXPERIMENT_NAME"]
     first = cycle(variables)
     deadline = time.time() + 300
-    while not (work / "candidates" / "captions-default" / "shards").exists():  # killed while it generates
+    while not (work / "candidates" / "captions" / "shards").exists():  # killed while it generates
         assert first.poll() is None, first.communicate()[1][-3000:]
         assert time.time() < deadline
         time.sleep(0.05)

@@ -41,7 +41,7 @@ def test_variables_of_the_readme_and_of_the_scripts_are_the_same():
     scripts = "\n".join(path.read_text() for path in ROOT.rglob("*.sh") if ".venv" not in path.parts)
     read = set(re.findall(r"\$\{([A-Z][A-Z_]+)[:?\-+}]", scripts))
     read |= set(re.findall(r"^rename_variable ([A-Z_]+)", scripts, re.MULTILINE))
-    internal = {"BASH_SOURCE", "CONDA_PREFIX", "VIRTUAL_ENV", "PWD"} | {
+    internal = {"BASH_SOURCE", "LAUNCH_VARIABLES", "CONDA_PREFIX", "VIRTUAL_ENV", "PWD"} | {
         name for name in read if name.startswith("SLURM_")
     }
     table = README[README.index("## Variables") :]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llava.ids import read_unique
 from llava.records import (
     RecordAppender,
     RecordError,
@@ -21,7 +22,6 @@ from llava.records import (
     question_of,
     read_jsonl,
     read_records,
-    read_unique,
     records_of_folder,
     rejected_path,
     rejection,

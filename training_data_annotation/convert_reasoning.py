@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from llava.errors import UserError, run_command
+from llava.ids import read_unique
 from llava.prompts import (
     COT_HEADINGS,
     FormatError,
@@ -21,15 +22,7 @@ from llava.prompts import (
     with_image,
     without_image,
 )
-from llava.records import (
-    Record,
-    images_of,
-    messages_of,
-    read_unique,
-    rejected_path,
-    rejection,
-    write_records,
-)
+from llava.records import Record, images_of, messages_of, rejected_path, rejection, write_records
 from llava.runs import open_run
 
 

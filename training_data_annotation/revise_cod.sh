@@ -18,6 +18,10 @@ single training_data_annotation.annotate_captions \
     --image_folder "$IMAGE_DIR" \
     ${OPENAI_BASE_URL:+--base_url "$OPENAI_BASE_URL"} \
     --model "${ANNOTATOR_MODEL:-gpt-4o}" \
+    ${REQUESTS_PER_MINUTE:+--requests_per_minute "$REQUESTS_PER_MINUTE"} \
+    ${PRICE_INPUT:+--price_input "$PRICE_INPUT"} \
+    ${PRICE_OUTPUT:+--price_output "$PRICE_OUTPUT"} \
+    ${MAX_COST:+--max_cost "$MAX_COST"} \
     --temperature 0.2 \
     --max_tokens 2048 \
     --output_cod_dir "$OUTPUT_COD_DIR" \

@@ -7,7 +7,7 @@
 # Several nodes: NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE (SLURM's variables stand in for them), or
 # DISTRIBUTED_ARGS, which is handed to torchrun as it is. PYTHON names the interpreter.
 exported=" $(compgen -e | tr '\n' ' ') " # the variables the user gave, before defaults are filled in
-unset launch_variables
+unset LAUNCH_VARIABLES
 export TOKENIZERS_PARALLELISM=false
 
 if [[ -z "${PYTHON:-}" ]]; then
@@ -49,7 +49,7 @@ launch() {
     elif [[ -n "${DRY_RUN:-}" ]]; then
         execute "$PYTHON" -m "$@"
     else
-        launch_variables=$(variables) exec "$PYTHON" -m "$@" # launch is the last command of a script: signals reach the run itself
+        LAUNCH_VARIABLES=$(variables) exec "$PYTHON" -m "$@" # launch is the last command of a script: signals reach the run itself
     fi
 }
 
@@ -79,14 +79,14 @@ variables() {
 single() { execute "$PYTHON" -m "$@"; }
 
 execute() {
-    local shown=${launch_variables:-}
-    launch_variables=$(variables)
-    export launch_variables # for preflight.txt
+    local shown=${LAUNCH_VARIABLES:-}
+    LAUNCH_VARIABLES=$(variables)
+    export LAUNCH_VARIABLES # for preflight.txt
     if [[ -z "${DRY_RUN:-}" ]]; then
         if [[ "$*" == *torch.distributed.run* ]]; then forward "$@"; else "$@"; fi
         return
     fi
-    if [[ -z "$shown" ]]; then printf '%s\n\n' "$launch_variables"; fi
+    if [[ -z "$shown" ]]; then printf '%s\n\n' "$LAUNCH_VARIABLES"; fi
     printf '%q ' "$@"
     printf '\n'
     if [[ "$DRY_RUN" != print ]]; then
@@ -122,6 +122,14 @@ require_path() {
     if [[ "${DRY_RUN:-}" != print && ! -e "${!1}" ]]; then
         echo "error: $1=${!1} does not exist. Fix: check the path, or run the stage that writes it" >&2
         exit 2
+    fi
+}
+
+# Generation in a SLURM array (--array=0-15): every task is a rank, without torchrun; task 0 merges.
+array_rank() {
+    if [[ -n "${SLURM_ARRAY_TASK_COUNT:-}" ]]; then
+        export RANK=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN)) WORLD_SIZE=$SLURM_ARRAY_TASK_COUNT
+        NNODES=1 NPROC_PER_NODE=1
     fi
 }
 

@@ -53,21 +53,15 @@ OUTPUT_DIR=$work/reasoning PREV_STAGE_CHECKPOINT=$work/base \
     DATA_PATH=$work/annotated/cot/cot.jsonl,$work/annotated/short/short.jsonl bash $train-finetune-qwen-stage0-warmup.sh
 
 step "5/9 generate: three captions per image, three responses per question (two in steps, one direct)"
-for style in cod-default:2 default:1; do
-    OUTPUT_DIR=$work/candidates/captions-${style%:*} MODEL_PATH=$work/perception DATA_PATH=$UNLABELLED_IMAGES \
-        PROMPT=${style%:*} N_CANDIDATES=${style#*:} bash recap_scripts/recap_inference.sh
-done
-for style in cot-default:2 default:1; do
-    OUTPUT_DIR=$work/candidates/responses-${style%:*} MODEL_PATH=$work/reasoning DATA_PATH=$UNLABELLED_QUESTIONS \
-        PROMPT=${style%:*} N_CANDIDATES=${style#*:} bash recap_scripts/reasoning_inference.sh
-done
+OUTPUT_DIR=$work/candidates/captions MODEL_PATH=$work/perception DATA_PATH=$UNLABELLED_IMAGES \
+    PROMPT=cod-default,default N_CANDIDATES=2,1 bash recap_scripts/recap_inference.sh
+OUTPUT_DIR=$work/candidates/responses MODEL_PATH=$work/reasoning DATA_PATH=$UNLABELLED_QUESTIONS \
+    PROMPT=cot-default,default N_CANDIDATES=2,1 bash recap_scripts/reasoning_inference.sh
 
 step "6/9 curate: keep what agrees with itself"
-OUTPUT_DIR=$work/curated/captions \
-    RAW_DATASET=$work/candidates/captions-cod-default/candidates.jsonl,$work/candidates/captions-default/candidates.jsonl \
+OUTPUT_DIR=$work/curated/captions RAW_DATASET=$work/candidates/captions/candidates.jsonl \
     bash quality_evaluation/scripts/recaption_quality_eval.sh
-OUTPUT_DIR=$work/curated/reasoning \
-    RAW_DATASET=$work/candidates/responses-cot-default/candidates.jsonl,$work/candidates/responses-default/candidates.jsonl \
+OUTPUT_DIR=$work/curated/reasoning RAW_DATASET=$work/candidates/responses/candidates.jsonl \
     bash quality_evaluation/scripts/reasoning_quality_eval.sh
 
 step "7/9 stage 1.5: pre-train on what was kept"

@@ -129,7 +129,8 @@ def predict(path: Path, rows: list[Row], output: Path, model, processor, batch_s
     """Answer what `output` does not hold yet; greedy."""
     from tqdm import tqdm
 
-    from llava.generate.sampling import Prompt, Sampling, complete
+    from llava.generate.candidates import Draw, Prompt, Sampling
+    from llava.generate.sampling import complete
     from llava.prompts import with_image
 
     done = {row["index"] for row in read_jsonl(output)}
@@ -145,7 +146,7 @@ def predict(path: Path, rows: list[Row], output: Path, model, processor, batch_s
             prompts = []
             for row in batch:
                 images = images_of_row(row, by_index, path.parent)
-                prompts.append(Prompt(with_image(question_text(row), len(images)), images, [0]))
+                prompts.append(Prompt(images, [with_image(question_text(row), len(images))], [Draw(0, 0)]))
             for row, [completion] in zip(batch, complete(model, processor, prompts, sampling), strict=True):
                 answered = {"index": row["index"], "prediction": completion.text, "answer": row["answer"]}
                 correct = is_correct(row, completion.text)

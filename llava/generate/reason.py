@@ -6,7 +6,7 @@ writes  candidates.jsonl: the records with `candidates`; with --augment the imag
 
 from llava.errors import run_command
 from llava.generate import flags
-from llava.prompts import REASONING_STYLES, reasoning_instruction
+from llava.prompts import REASONING_STYLES
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
         from llava.generate.corruption import check_corruptions
 
         corruptions = check_corruptions(arguments.augment.split(","))
-    flags.run(arguments, "generate responses", REASONING_STYLES, reasoning_instruction, corruptions)
+    flags.run(arguments, "generate responses", "reasoning", REASONING_STYLES, corruptions)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ writes  candidates.jsonl: the records with `candidates`, each with text, prompt,
 
 from llava.errors import run_command
 from llava.generate import flags
-from llava.prompts import CAPTION_STYLES, caption_instruction
+from llava.prompts import CAPTION_STYLES
 
 
 def main() -> None:
     arguments = flags.parser("llava.generate.recaption", __doc__, CAPTION_STYLES, "cod-default").parse_args()
-    flags.run(arguments, "generate captions", CAPTION_STYLES, caption_instruction)
+    flags.run(arguments, "generate captions", "caption", CAPTION_STYLES)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
         packs = pack_sampler(costs, training_arguments, training_arguments.process_index, world)
         attend_within_samples(model)
     if training_arguments.process_index == 0:
-        lines = os.environ.get("launch_variables", "").splitlines()
+        lines = os.environ.get("LAUNCH_VARIABLES", "").splitlines()
         lines += report(dataset, sizes, packs, model, training_arguments, world, model_arguments.four_bit)
         (output / "preflight.txt").write_text("".join(f"{line}\n" for line in lines))
     trainer = SupervisedTrainer(

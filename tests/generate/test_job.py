@@ -4,17 +4,18 @@ import sys
 
 import pytest
 
+from llava.generate.candidates import Sampling
 from llava.generate.job import Job, run_job
-from llava.generate.sampling import Sampling
+from llava.ids import read_unique
 from llava.prompts import caption_instruction
-from llava.records import read_jsonl, read_unique, write_records
+from llava.records import read_jsonl, write_records
 
 
 @pytest.fixture
 def job(checkpoint, world, tmp_path):
     return Job(
-        model_name_or_path=str(checkpoint), data_path=str(world / "unlabelled_images.json"),
-        output_dir=str(tmp_path / "run"), style="cod-default", n_candidates=2,
+        model=str(checkpoint), data_path=str(world / "unlabelled_images.json"),
+        output_dir=str(tmp_path / "run"), styles={"cod-default": 2},
         sampling=Sampling(temperature=1.0, max_new_tokens=5), batch_size=3,
     )  # fmt: skip
 
@@ -24,7 +25,7 @@ def output(job):
 
 
 def test_every_record_comes_back_once_in_order_with_its_lineage(job, world):
-    run_job(job, "generate captions", caption_instruction)
+    run_job(job, "generate captions")
     inputs = json.loads((world / "unlabelled_images.json").read_text())
     rows = output(job)
     assert [row["id"] for row in rows] == [record["id"] for record in inputs]
@@ -49,7 +50,7 @@ def ranks(job, world_size, monkeypatch):
     shards = Path(job.output_dir) / "shards"
     for rank in reversed(range(world_size)):
         monkeypatch.setenv("RANK", str(rank))
-        generate_shard(job, shards, caption_instruction)
+        generate_shard(job, shards)
     return merge(job, shards), shards
 
 
@@ -105,7 +106,7 @@ def test_two_real_processes_share_the_work(job):
     import os
 
     flags = [
-        "--model_name_or_path", job.model_name_or_path, "--data_path", job.data_path, "--output_dir", job.output_dir,
+        "--model_name_or_path", job.model, "--data_path", job.data_path, "--output_dir", job.output_dir,
         "--n_candidates", "2", "--temperature", "1", "--max_new_tokens", "5",
     ]  # fmt: skip
     processes = [

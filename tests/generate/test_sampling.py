@@ -4,7 +4,9 @@ import torch
 from PIL import Image
 
 from llava.errors import UserError
-from llava.generate.sampling import Prompt, Sampling, choose, complete
+from llava.generate.candidates import Draw, Prompt, Sampling
+from llava.generate.choose import choose
+from llava.generate.sampling import complete
 from llava.seeds import seed_of
 
 
@@ -16,7 +18,7 @@ def noise(width, height, seed):
 def prompts():
     sizes = [(48, 48), (100, 84), (150, 50), (72, 48), (48, 72)]
     return [
-        Prompt(f"<image>\nWhat color is {'it ' * index}?", [noise(*size, index)], [seed_of(7, index, sample) for sample in range(3)])
+        Prompt([noise(*size, index)], [f"<image>\nWhat color is {'it ' * index}?"], [Draw(0, seed_of(7, index, sample)) for sample in range(3)])
         for index, size in enumerate(sizes)
     ]  # fmt: skip
 
@@ -25,11 +27,11 @@ def test_greedy_equals_hugging_face_generate(model, processor, prompts):
     [[ours]] = complete(
         model,
         processor,
-        [Prompt(prompts[1].message, prompts[1].images, [0])],
+        [Prompt(prompts[1].images, prompts[1].messages, [Draw(0, 0)])],
         Sampling(temperature=0, max_new_tokens=12),
     )
     inputs = processor(
-        images=prompts[1].images, text=[processor.prompt([{"role": "user", "content": prompts[1].message}])]
+        images=prompts[1].images, text=[processor.prompt([{"role": "user", "content": prompts[1].messages[0]}])]
     )
     end = processor.tokenizer.eos_token_id
     ids = model.generate(
@@ -103,7 +105,7 @@ def test_the_checkpoints_own_generation_settings_are_not_inherited(model, proces
 
 
 def test_beams_see_their_own_images(model, processor, prompts):
-    texts = [processor.prompt([{"role": "user", "content": prompt.message}]) for prompt in prompts]
+    texts = [processor.prompt([{"role": "user", "content": prompt.messages[0]}]) for prompt in prompts]
     inputs = processor(images=[prompt.images for prompt in prompts], text=texts)
     images = {key: inputs[key] for key in ("pixel_values", "slice_shapes", "grids")}
     with torch.no_grad():
@@ -117,13 +119,13 @@ def test_one_beam_of_many_is_greedy_when_the_others_cannot_win(model, processor,
     greedy = complete(
         model,
         processor,
-        [Prompt(prompts[1].message, prompts[1].images, [0])],
+        [Prompt(prompts[1].images, prompts[1].messages, [Draw(0, 0)])],
         Sampling(temperature=0, max_new_tokens=1),
     )
     beams = complete(
         model,
         processor,
-        [Prompt(prompts[1].message, prompts[1].images, [0])],
+        [Prompt(prompts[1].images, prompts[1].messages, [Draw(0, 0)])],
         Sampling(temperature=0, num_beams=3, max_new_tokens=1),
     )
     assert beams == greedy  # the best single token is the best beam of length one
@@ -138,7 +140,7 @@ def test_training_works_after_generating_in_the_same_process(model, processor, p
     complete(model, processor, prompts[:2], Sampling(temperature=0, max_new_tokens=2))
     model.train()
     inputs = processor(
-        images=prompts[1].images, text=[processor.prompt([{"role": "user", "content": prompts[1].message}])]
+        images=prompts[1].images, text=[processor.prompt([{"role": "user", "content": prompts[1].messages[0]}])]
     )
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert model.model.projector.query.grad.abs().sum() > 0

@@ -7,9 +7,10 @@ import random
 import pytest
 from PIL import Image
 
+from llava.ids import read_unique
 from llava.model.slicing import plan_slices
 from llava.prompts import check_steps, tags_to_steps
-from llava.records import read_jsonl, read_unique
+from llava.records import read_jsonl
 from llava.toy import texts
 from llava.toy.pretrain import PATCH, RESOLUTION
 from llava.toy.scenes import Scene, Thing, render, sample_scene

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llava import endpoint
+from llava.endpoint import Endpoint, ServiceDown, data_url
 from llava.errors import UserError
 from llava.prompts import COD_HEADINGS, check_steps
 from llava.records import read_jsonl, read_records
 from llava.toy import annotator
-from training_data_annotation import annotate_captions, client
-from training_data_annotation.client import ChatClient, ServiceDown, data_url
+from training_data_annotation import annotate_captions
 
 GOOD = "\n\n".join(f"{heading}\nText {number}." for number, heading in enumerate(COD_HEADINGS, 1))
 QUICK = {"retry-after-ms": "1"}
@@ -309,7 +310,7 @@ def test_too_many_requests_with_retry_after_zero_is_retried_soon(run, toy, serve
 
 
 def test_trouble_that_stays_stops_the_run_and_says_to_come_back(run, toy, server, monkeypatch, tmp_path):
-    monkeypatch.setattr(client, "MAX_RETRIES", 1)
+    monkeypatch.setattr(endpoint, "MAX_RETRIES", 1)
     keep(toy, 3)
     server.script = lambda number, body: (500, {"error": {"message": "down"}}, QUICK)
     with pytest.raises(ServiceDown, match=r"does not answer after 1 retries.*run the same command again later"):
@@ -320,7 +321,7 @@ def test_trouble_that_stays_stops_the_run_and_says_to_come_back(run, toy, server
 
 
 def test_nobody_listening_stops_the_run(run, server, monkeypatch):
-    monkeypatch.setattr(client, "MAX_RETRIES", 0)
+    monkeypatch.setattr(endpoint, "MAX_RETRIES", 0)
     server.close()
     with pytest.raises(ServiceDown, match="does not answer"):
         run()
@@ -332,7 +333,7 @@ def test_a_refused_key_or_model_stops_the_run_and_keeps_what_was_done(run, toy, 
     server.script = lambda number, body: (
         (200, completion(GOOD), {}) if number < 2 else (code, {"error": {"message": "bad key"}}, {})
     )
-    with pytest.raises(ServiceDown, match=r"bad key.*Fix: check key, model and OPENAI_BASE_URL"):
+    with pytest.raises(ServiceDown, match=r"bad key.*Fix: check key, model and endpoint"):
         run("--concurrency", "1")
     assert len(server.requests) == 3
     assert len(list(read_jsonl(tmp_path / "out" / "cod" / "replies.jsonl"))) == 2
@@ -500,7 +501,45 @@ def test_no_records_is_an_error(run, toy):
 
 def test_a_key_is_needed_unless_the_server_is_on_this_machine():
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
-        ChatClient("https://annotator.example/v1", "m", 0.2, 10)
+        Endpoint("https://annotator.example/v1", "m")
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
-        ChatClient(None, "m", 0.2, 10)
-    ChatClient("http://localhost:1/v1", "m", 0.2, 10)
+        Endpoint(None, "m")
+    Endpoint("http://localhost:1/v1", "m")
+
+
+# Money and pace
+
+
+def test_the_cost_is_counted_and_a_budget_stops_the_run_and_pays_for_nothing_twice(run, toy, server, tmp_path, capsys):
+    keep(toy, 6)
+    server.script = lambda number, body: (200, completion(GOOD), {})
+    prices = ("--price_input", "100000", "--price_output", "200000", "--concurrency", "1")  # 1 + 1 a request
+    with pytest.raises(UserError, match=r"budget is used up: 6\.00 of 5\.00.*raise MAX_COST"):
+        run(*prices, "--max_cost", "5")
+    assert len(server.requests) == 3
+    output = run(*prices, "--max_cost", "100")
+    assert len(server.requests) == 6
+    assert "60 tokens in, 30 out, cost 12.00" in capsys.readouterr().out
+    state = json.loads((output / "cod" / "run.json").read_text())
+    assert state["cost"] == 12.0
+    assert (state["counts"]["tokens_in"], state["counts"]["tokens_out"]) == (60, 30)
+
+
+def test_a_budget_without_prices_is_refused(run):
+    with pytest.raises(UserError, match="set PRICE_INPUT and PRICE_OUTPUT"):
+        run("--max_cost", "5")
+
+
+def test_requests_are_paced(run, toy, server):
+    keep(toy, 4)
+    server.script = lambda number, body: (200, completion(GOOD), {})
+    began = time.monotonic()
+    run("--requests_per_minute", "300", "--concurrency", "4")
+    assert time.monotonic() - began >= 3 * 0.2
+
+
+def test_the_published_wording_is_one_flag_away(run, toy, server):
+    keep(toy, 1)
+    server.script = lambda number, body: (200, completion(GOOD), {})
+    [record] = read_records(run("--published_wording") / "cod" / "cod.jsonl")
+    assert record["conversations"][0]["value"].endswith(" Describe the image step by step.")

@@ -1,0 +1,33 @@
+"""Generating with a checkpoint on this machine's GPU, or its CPU."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.generate.candidates import Completion, Draw
+from llava.generate.job import Finished, Item, Job, first_draws, further_draws
+from llava.generate.sampling import stream
+from llava.model.load import load_model, load_processor
+from llava.runs import fingerprint, local_rank
+
+
+def generate(job: Job, items: Iterable[Item], keep: Callable[[Item, Finished], None]) -> None:
+    """Draw all candidates of all items; `keep` is called with each item as it is finished."""
+    cuda = torch.cuda.is_available()
+    processor = load_processor(job.model)
+    model = load_model(job.model, dtype=torch.bfloat16 if cuda else torch.float32)
+    model.to(f"cuda:{local_rank()}" if cuda else "cpu").eval()
+    made_by = {"model": job.model, "model_hash": fingerprint(Path(job.model))}
+
+    def rows(drawn: list[tuple[Draw, Completion]]) -> list[tuple[Draw, dict[str, Any]]]:
+        return [(draw, {**completion.as_dict(), **made_by}) for draw, completion in drawn]
+
+    def more(item: Item, drawn: list[tuple[Draw, Completion]]) -> list[Draw]:
+        return further_draws(job, item, rows(drawn))
+
+    prompts = ((item, replace(item.prompt, draws=first_draws(job, item))) for item in items)
+    for item, drawn in stream(model, processor, prompts, job.sampling, job.batch_size * job.wanted, more):
+        keep(item, rows(drawn))

@@ -34,7 +34,7 @@ class IdSet:
             return True
         if self.settled is None:
             return False
-        place = int(self.settled.searchsorted(number))
+        place = int(self.settled.searchsorted(self.settled.dtype.type(number)))  # a plain int would cast the array
         return place < len(self.settled) and int(self.settled[place]) == number
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ def read_unique(path: str | Path) -> Iterator[Record]:
 
 
 class RecordIndex:
-    """Where the record of each id lies among JSON-lines files; 20 bytes a record.
+    """Where the record of each id lies among JSON-lines files; 28 bytes a record.
 
     Args:
         paths: files of records with `id`, one a line; a torn last line is passed over.
@@ -90,7 +90,7 @@ class RecordIndex:
         self.rows = np.concatenate(rows) if rows else np.empty(0, self.layout())
         del rows
         self.rows.sort(order="number")
-        numbers = self.rows["number"]
+        self.numbers = numbers = np.ascontiguousarray(self.rows["number"])
         twice = np.flatnonzero(numbers[1:] == numbers[:-1])
         if len(twice):
             record = self.read(self.rows[int(twice[0])])
@@ -120,8 +120,8 @@ class RecordIndex:
         try:
             for identifier in ids:
                 number = number_of(identifier)
-                place = int(self.rows["number"].searchsorted(number))
-                if place == len(self.rows) or int(self.rows["number"][place]) != number:
+                place = int(self.numbers.searchsorted(self.numbers.dtype.type(number)))
+                if place == len(self.numbers) or int(self.numbers[place]) != number:
                     continue
                 handle = handles.get(int(self.rows["file"][place]))
                 if handle is not None:

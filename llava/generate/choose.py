@@ -46,7 +46,7 @@ def leading(scaled: Tensor, total: Tensor, sampling: Sampling) -> tuple[Tensor, 
         mass = (values - total).exp().sum(-1)
         if sampling.top_k or (sampling.top_p < 1 and bool((mass > sampling.top_p).all())):
             tokens, order = tokens.sort(-1)
-            values, order = values.gather(-1, order).sort(-1, descending=True, stable=True)
+            values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
             return values, tokens.gather(-1, order)
     values, tokens = scaled.sort(dim=-1, descending=True, stable=True)
     return values, tokens

@@ -6,7 +6,7 @@
 
 Rank r of w works on every w-th record. A finished record is appended to the rank's shard at once; a restarted job, with
 any number of ranks, skips the ids it finds there. Rank 0 merges when every input is there exactly once or rejected.
-Records are read as a stream: what is held of each is 8 bytes while generating and 20 while merging.
+Records are read as a stream: what is held of each is 8 bytes while generating and 28 while merging.
 """
 
 import shutil

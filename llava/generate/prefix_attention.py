@@ -102,7 +102,7 @@ def shared_prefix(
     values[rows.row[:, None], :, places] = value.transpose(1, 2)
     reach = torch.arange(longest, device=query.device)
     beyond = reach > places[:, :, None]  # (R, T, longest): what comes after the token itself
-    stacked = query.view(count, kv_heads, -1, width)  # (R, K, heads per K * T, D)
+    stacked = query.reshape(count, kv_heads, -1, width)  # (R, K, heads per K * T, D)
     beyond = beyond[:, None].expand(count, heads // kv_heads, new, longest).flatten(1, 2)[:, None]
     out, weight = attend(stacked, keys[:count, :, :longest], values[:count, :, :longest], beyond, scaling)
 

@@ -17,7 +17,7 @@ def main() -> None:
     if arguments.augment:
         from llava.generate.corruption import check_corruptions
 
-        corruptions = check_corruptions(arguments.augment.split(","))
+        corruptions = check_corruptions(arguments.augment)
     flags.run(arguments, "generate responses", "reasoning", REASONING_STYLES, corruptions)
 
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 from llava.errors import UserError, run_command
@@ -174,8 +175,12 @@ def verify(checkpoint: str | Path, exported: str | Path, serve: bool = True) -> 
     return seen
 
 
-def ask_server(exported: Path, image, seconds: float = 120.0) -> str:
-    """Start `transformers serve` on loopback, ask one greedy question about the image, return the answer."""
+@contextmanager
+def served(exported: Path, seconds: float = 120.0):
+    """`transformers serve` of a folder on loopback, while the block runs; gives its address.
+
+    Raises UserError when it does not answer within `seconds`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -188,10 +193,16 @@ def ask_server(exported: Path, image, seconds: float = 120.0) -> str:
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment)
         try:
             wait_for(f"http://127.0.0.1:{port}/health", server, log, seconds)
-            return chat(f"http://127.0.0.1:{port}/v1", str(exported.resolve()), image)
+            yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
             server.wait()
+
+
+def ask_server(exported: Path, image) -> str:
+    """One greedy question about the image to a server of its own."""
+    with served(exported) as address:
+        return chat(f"{address}/v1", str(exported.resolve()), image)
 
 
 def wait_for(address: str, server: subprocess.Popen, log, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """Image corruptions: seeded, bounded, and each does what its name says."""
 
+import importlib.util
 import random
 
 import numpy as np
@@ -7,7 +8,15 @@ import pytest
 from PIL import Image
 
 from llava.errors import UserError
-from llava.generate.corruption import CORRUPTIONS, check_corruptions, corrupt, gaussian_blur, mask, mirror_rotation
+from llava.generate.corruption import (
+    CORRUPTIONS,
+    check_corruptions,
+    corrupt,
+    gaussian_blur,
+    imgaug_augmenters,
+    mask,
+    mirror_rotation,
+)
 
 
 @pytest.fixture
@@ -96,6 +105,61 @@ def test_the_draw_depends_on_the_seed_and_not_on_the_order_of_names(noise):
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    assert check_corruptions(["mask", "color_jitter"]) == ("mask", "color_jitter")
+    assert check_corruptions("mask,color_jitter") == ("mask", "color_jitter")
     with pytest.raises(UserError, match="'msk'; known are gaussian_blur, color_jitter, mirror_rotation, mask"):
-        check_corruptions(["mask", "msk"])
+        check_corruptions("mask,msk")
+
+
+# imgaug, where it is installed
+
+
+def augmenters_or_skip():
+    if importlib.util.find_spec("imgaug") is None:
+        pytest.skip("the extra `aug` is not installed: imgaug WAS NOT TESTED")
+    return imgaug_augmenters()
+
+
+def test_an_augmenter_of_imgaug_is_named_seeded_and_in_the_lineage(noise):
+    augmenters_or_skip()
+    names = check_corruptions("imgaug:GaussianBlur(sigma=(3, 5)),imgaug:Fliplr(1.0)")
+    assert names == ("imgaug:GaussianBlur(sigma=(3, 5))", "imgaug:Fliplr(1.0)")
+    drawn = {seed: corrupt([noise], names, seed) for seed in range(12)}
+    assert {name for name, _ in drawn.values()} == set(names)
+    for seed, (name, [image]) in drawn.items():
+        assert corrupt([noise], names, seed)[1][0].tobytes() == image.tobytes()
+        if "Fliplr" in name:
+            assert np.array_equal(np.asarray(image), np.asarray(noise)[:, ::-1])
+    blurs = {image.tobytes() for name, [image] in drawn.values() if "Blur" in name}
+    assert len(blurs) == sum("Blur" in name for name, _ in drawn.values())  # a sigma of its own for each seed
+
+
+def test_the_two_gaussian_blurs_agree_but_imgaug_cuts_its_kernel_off(noise):
+    """Its kernel is 2.6 to 3.3 sigma wide in all, Pillow's has no edge: imgaug's image keeps more of the texture."""
+    augmenters = augmenters_or_skip()
+    from PIL import ImageFilter
+
+    image = noise.resize((180, 120), Image.Resampling.BICUBIC)
+    inner = (slice(20, -20), slice(20, -20))  # borders are continued in different ways
+    for sigma in (3.0, 4.0, 5.0):
+        theirs = pixels(Image.fromarray(augmenters.GaussianBlur(sigma=sigma)(image=np.asarray(image))))[inner]
+        ours = pixels(image.filter(ImageFilter.GaussianBlur(sigma)))[inner]
+        assert np.corrcoef(theirs.ravel(), ours.ravel())[0, 1] > 0.85
+        assert np.abs(theirs.mean() - ours.mean()) < 1
+        assert ours.std() < theirs.std() < pixels(image)[inner].std() / 2
+
+
+@pytest.mark.parametrize(
+    "name", ["imgaug:NoSuch", "imgaug:Fliplr(os.system('ls'))", "imgaug:Fliplr(nothing=1)", "imgaug:a.b"]
+)
+def test_what_imgaug_cannot_make_is_named(name):
+    augmenters_or_skip()
+    with pytest.raises(UserError, match="which imgaug cannot make"):
+        check_corruptions(name)
+
+
+def test_without_imgaug_the_extra_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "imgaug", None)
+    with pytest.raises(UserError, match="run `bash training_scripts/setup"):
+        check_corruptions("imgaug:Fliplr")

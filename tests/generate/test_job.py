@@ -130,3 +130,123 @@ def test_unknown_prompt_is_named(job):
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 2
     assert result.stderr.strip() == "error: PROMPT is 'poem'; choose one of cod-default, cod-conv, default"
+
+
+def test_several_styles_rounds_and_own_prompts_in_one_job(job, world, tmp_path):
+    from dataclasses import replace
+
+    both = replace(job, styles={"default": 1, "short": 2}, templates={"short": "{question} Be brief."}, round=2)
+    run_job(both, "generate captions")
+    [first, *_] = output(both)
+    assert [c["style"] for c in first["candidates"]] == ["default", "short", "short"]
+    assert [c["sample"] for c in first["candidates"]] == [0, 0, 1]
+    question = first["conversations"][0]["value"].removeprefix("<image>\n")
+    assert first["candidates"][1]["instruction"] == f"{question} Be brief."
+    assert {c["round"] for c in first["candidates"]} == {2}
+    run_job(replace(both, round=1, output_dir=str(tmp_path / "earlier")), "generate captions")
+    earlier = [c["seed"] for row in read_jsonl(tmp_path / "earlier" / "candidates.jsonl") for c in row["candidates"]]
+    assert not set(earlier) & {c["seed"] for row in output(both) for c in row["candidates"]}
+
+
+def test_adaptive_drawing_spares_candidates_and_says_how_many(job):
+    from dataclasses import replace
+
+    greedy = replace(
+        job, styles={"cod-default": 4}, sampling=Sampling(temperature=0, max_new_tokens=200), adaptive=0.99
+    )
+    run_job(greedy, "generate captions")
+    rows = output(greedy)
+    counts = json.loads((greedy.output.parent / "run.json").read_text())["counts"]
+    assert counts["candidates"] == sum(len(row["candidates"]) for row in rows)
+    assert counts["candidates_spared"] == 4 * len(rows) - counts["candidates"]
+    for row in rows:  # equal texts agree, unless they are cut off, which says nothing
+        ended = row["candidates"][0]["finish_reason"] == "stop"
+        assert len(row["candidates"]) == (2 if ended and row["candidates"][0]["text"] else 4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "numbers", "message"),
+    [
+        ("default,default", "1", "names a prompt twice"),
+        ("cod-default,default", "1,2,3", "one for each"),
+        ("default", "0", "one number above 0"),
+        ("default", "many", "one number above 0"),
+    ],
+)
+def test_prompts_and_numbers_that_do_not_fit_are_named(prompt, numbers, message):
+    from llava.errors import UserError
+    from llava.generate.flags import wanted_candidates
+    from llava.prompts import CAPTION_STYLES
+
+    with pytest.raises(UserError, match=message):
+        wanted_candidates(prompt, numbers, CAPTION_STYLES)
+
+
+@pytest.mark.parametrize(
+    ("shards", "memory"),
+    [pytest.param(100_000, 40, id="quick"), pytest.param(1_000_000, 160, id="slow", marks=pytest.mark.slow)],
+)
+def test_merging_holds_little_of_each_record(tmp_path, shards, memory):
+    """Megabytes that a merge adds to the process, for records of 400 bytes."""
+    code = f"""
+import json, resource, sys
+from pathlib import Path
+from llava.generate.candidates import Sampling
+from llava.generate.job import Job, merge
+import numpy
+folder = Path({str(tmp_path)!r})
+with (folder / "in.jsonl").open("w") as data:
+    for number in range({shards}):
+        data.write(json.dumps({{"id": f"record-{{number}}", "image": "a.png", "conversations": [{{"from": "human", "value": "<image>"}}]}}) + chr(10))
+(folder / "shards").mkdir()
+for rank in range(4):
+    with (folder / "shards" / f"shard-{{rank:05d}}.jsonl").open("w") as shard:
+        for number in range(rank, {shards}, 4):
+            shard.write(json.dumps({{"id": f"record-{{number}}", "candidates": [{{"text": "x" * 300, "finish_reason": "stop"}}]}}) + chr(10))
+job = Job("m", str(folder / "in.jsonl"), str(folder), {{"default": 1}}, Sampling())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+counts = merge(job, folder / "shards")
+print(json.dumps([counts, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    counts, grown = json.loads(done.stdout)
+    assert counts == {"in": shards, "out": shards, "rejected": 0, "candidates": shards}
+    assert grown < memory
+    with (tmp_path / "candidates.jsonl").open() as merged:
+        assert all(json.loads(line)["id"] == f"record-{number}" for number, line in enumerate(merged))
+
+
+def test_ids_in_little_memory():
+    from llava.ids import IdSet
+
+    ids = IdSet(f"id {number}" for number in range(150_000))  # more than are kept as objects
+    assert len(ids) == 150_000
+    assert "id 3" in ids
+    assert "id 149999" in ids
+    assert "id 150000" not in ids
+    assert not ids.add("id 77")
+    assert ids.add("new")
+
+
+@pytest.mark.slow
+def test_a_real_server_answers_as_the_checkpoint(checkpoint, job, tmp_path):
+    """`transformers serve` on an exported checkpoint: greedy candidates through it equal local ones."""
+    pytest.importorskip("fastapi", reason="the extra `demo` is not installed: NO REAL SERVER WAS ASKED")
+    from dataclasses import replace
+
+    from llava.model.export_hf import export
+    from llava.model.verify import served
+
+    exported = tmp_path / "exported"
+    export(checkpoint, exported)
+    greedy = replace(job, styles={"default": 1}, sampling=Sampling(temperature=0, max_new_tokens=8))
+    run_job(greedy, "generate captions")
+    with served(exported) as address:
+        asked = replace(
+            greedy, endpoint=f"{address}/v1", model=str(exported.resolve()), output_dir=str(tmp_path / "asked")
+        )
+        run_job(asked, "generate captions")
+    assert [[c["text"] for c in row["candidates"]] for row in output(asked)] == [
+        [c["text"] for c in row["candidates"]] for row in output(greedy)
+    ]

@@ -144,3 +144,72 @@ def test_training_works_after_generating_in_the_same_process(model, processor, p
     )
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert model.model.projector.query.grad.abs().sum() > 0
+
+
+def test_styles_that_share_a_prefix_say_what_they_say_alone(model, processor, prompts):
+    """Two messages about one image in one prompt, more draws than rows, refilled: the text of separate prompts."""
+    from llava.generate.sampling import stream
+
+    sampling = Sampling(temperature=0.9, top_p=0.95, max_new_tokens=9)
+    messages = ["<image>\nPlease describe it.", "<image>\nPlease describe it in detail, step by step."]
+    seeds = [[seed_of(style, sample) for sample in range(3)] for style in messages]
+    together = [
+        Prompt(prompt.images, messages, [Draw(n, seed) for n in (0, 1) for seed in seeds[n]]) for prompt in prompts
+    ]
+    finished = dict(stream(model, processor, enumerate(together), sampling, rows=4))
+    assert set(finished) == set(range(len(prompts)))
+    for number, prompt in enumerate(prompts):
+        alone = [
+            completion
+            for n in (0, 1)
+            for completion in complete(
+                model, processor, [Prompt(prompt.images, [messages[n]], [Draw(0, seed) for seed in seeds[n]])], sampling
+            )[0]
+        ]
+        assert [completion for _, completion in finished[number]] == alone
+        assert [draw.seed for draw, _ in finished[number]] == seeds[0] + seeds[1]
+
+
+def test_further_draws_continue_from_the_same_image(model, processor, prompts):
+    from llava.generate.sampling import stream
+
+    sampling = Sampling(temperature=0.9, max_new_tokens=6)
+    draws = prompts[1].draws
+    first = Prompt(prompts[1].images, prompts[1].messages, draws[:1])
+
+    def more(key, finished):
+        assert key == "it"
+        return draws[len(finished) : len(finished) + 1]
+
+    [(_, grown)] = stream(model, processor, [("it", first)], sampling, rows=2, more=more)
+    assert [completion for _, completion in grown] == complete(model, processor, [prompts[1]], sampling)[0]
+
+
+def test_a_large_vocabulary_is_not_sorted_and_gives_the_same_tokens(monkeypatch):
+    from llava.generate import choose as module
+
+    torch.manual_seed(0)
+    logits = torch.randn(64, 5000) * 4
+    logits[:, 7] = logits[:, 9] = logits.max()  # a tie at the top
+    uniform = torch.rand(64)
+    settings = [Sampling(top_p=p, top_k=k, temperature=t) for p in (0.5, 0.9, 1.0) for k in (0, 50) for t in (0.7, 3.0)]
+    partly = [choose(logits, uniform, sampling).tolist() for sampling in settings]
+    monkeypatch.setattr(module, "LEADING", 5000)
+    assert partly == [choose(logits, uniform, sampling).tolist() for sampling in settings]
+
+
+def test_batch_shapes_seldom_change_a_text(model, processor, prompts):
+    """What floating point may do to the promise of equal texts, counted: 40 texts at six numbers of rows."""
+    from llava.generate.sampling import stream
+
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=24)
+    asked = [
+        Prompt(p.images, p.messages, [Draw(0, seed_of(number, k)) for k in range(8)])
+        for number, p in enumerate(prompts)
+    ]
+    texts = []
+    for rows in (1, 3, 7, 16, 40):
+        finished = dict(stream(model, processor, enumerate(asked), sampling, rows))
+        texts.append([completion.text for number in range(len(asked)) for _, completion in finished[number]])
+    different = sum(one != other for row in texts[1:] for one, other in zip(texts[0], row, strict=True))
+    assert different <= 2, f"{different} of {4 * len(texts[0])} texts differ"

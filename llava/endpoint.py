@@ -81,11 +81,38 @@ class Endpoint:
 
         Raises Refused for this request alone, ServiceDown when going on is pointless.
         """
-        await self.pace()
         if n > 1:
             settings["n"] = n
+        response = await self.send(
+            lambda client: client.chat.completions.create(model=self.model, messages=messages, **settings)
+        )
         try:
-            response = await next(self.clients).chat.completions.create(model=self.model, messages=messages, **settings)
+            usage = response.usage
+            tokens = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
+            replies = [self.reply(choice, response.model) for choice in response.choices[:n]]
+        except (AttributeError, TypeError) as error:
+            raise Refused(f"the reply is no chat completion: {error}") from error
+        if not replies:
+            raise Refused("the reply is no chat completion: it has no choices")
+        first = replies[0]
+        return [Reply(first.text, first.finish_reason, first.model, *tokens), *replies[1:]]
+
+    async def embed(self, texts: list[str]) -> list[list[float]]:
+        """A vector for each text, in order. Raises like `ask`."""
+        response = await self.send(lambda client: client.embeddings.create(model=self.model, input=texts))
+        try:
+            vectors = [row.embedding for row in sorted(response.data, key=lambda row: row.index)]
+        except (AttributeError, TypeError) as error:
+            raise Refused(f"the reply holds no embeddings: {error}") from error
+        if len(vectors) != len(texts) or not all(vectors):
+            raise Refused(f"{len(vectors)} embeddings for {len(texts)} texts")
+        return vectors
+
+    async def send(self, request: Callable[[Any], Awaitable[Any]]) -> Any:
+        """One request through one of the clients, its failure told apart."""
+        await self.pace()
+        try:
+            return await request(next(self.clients))
         except (self.openai.AuthenticationError, self.openai.PermissionDeniedError, self.openai.NotFoundError) as error:
             raise ServiceDown(f"the server refused us: {error}. Fix: check key, model and endpoint") from error
         except self.openai.RateLimitError as error:
@@ -101,17 +128,7 @@ class Endpoint:
                 raise Refused(str(error)) from error  # this image is too large; the next may not be
             raise self.down(error) from error
         except ValueError as error:  # HTML or broken JSON with status 200
-            raise Refused(f"the reply is no chat completion: {error}") from error
-        try:
-            usage = response.usage
-            tokens = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
-            replies = [self.reply(choice, response.model) for choice in response.choices[:n]]
-        except (AttributeError, TypeError) as error:
-            raise Refused(f"the reply is no chat completion: {error}") from error
-        if not replies:
-            raise Refused("the reply is no chat completion: it has no choices")
-        first = replies[0]
-        return [Reply(first.text, first.finish_reason, first.model, *tokens), *replies[1:]]
+            raise Refused(f"the reply cannot be read: {error}") from error
 
     def reply(self, choice, model: str) -> Reply:
         text = choice.message.content

@@ -95,8 +95,8 @@ class RecordIndex:
         if len(twice):
             record = self.read(self.rows[int(twice[0])])
             raise RecordError(
-                f"id {record['id']!r} is twice in {', '.join(sorted({str(path) for path in paths}))}. "
-                "Fix: delete the folder and run again"
+                f"id {record['id']!r} occurs twice in {', '.join(sorted({str(path) for path in paths}))}. "
+                "Fix: make ids unique; in the shards of a run, delete them and run again"
             )
 
     @staticmethod
@@ -113,6 +113,14 @@ class RecordIndex:
         with self.paths[int(row["file"])].open("rb") as file:
             file.seek(int(row["offset"]))
             return parse_json(file.readline(), str(self.paths[int(row["file"])]))
+
+    def find(self, number: int, handle) -> Any | None:
+        """The record whose id has this number, read from its open file; None when there is none."""
+        place = int(self.numbers.searchsorted(self.numbers.dtype.type(number)))
+        if place == len(self.numbers) or int(self.numbers[place]) != number:
+            return None
+        handle.seek(int(self.rows["offset"][place]))
+        return parse_json(handle.readline(), handle.name)
 
     def lines(self, ids: Iterable[str], files: set[Path]) -> Iterator[str]:
         """The lines, as they are, of those of `ids` that lie in `files`, in the order of `ids`."""

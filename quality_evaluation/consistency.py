@@ -12,26 +12,32 @@ import numpy as np
 
 
 def unit(embeddings: np.ndarray) -> np.ndarray:
-    """(n, d) rows scaled to length 1; zero rows stay zero."""
-    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    """(..., d) rows scaled to length 1; zero rows stay zero."""
+    lengths = np.linalg.norm(embeddings, axis=-1, keepdims=True)
     return embeddings / np.where(lengths == 0, 1, lengths)
 
 
 def mean_cosine(embeddings: np.ndarray) -> np.ndarray:
-    """(n,) mean cosine of each candidate with all candidates, itself included: the published score.
+    """(..., n) mean cosine of each candidate with all candidates, itself included: the published score. (..., n, d) in.
 
     >>> mean_cosine(np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).round(3).tolist()
     [0.667, 0.667, 0.333]
     """
-    vectors = unit(embeddings.astype(np.float64))
-    return vectors @ vectors.mean(axis=0)
+    vectors = unit(embeddings)
+    return (vectors @ vectors.mean(axis=-2)[..., None])[..., 0]
 
 
 def leave_one_out(embeddings: np.ndarray) -> np.ndarray:
-    """(n,) mean cosine of each candidate with the others; comparable between different n. Needs n >= 2."""
-    vectors = unit(embeddings.astype(np.float64))
-    own = (vectors * vectors).sum(axis=1)  # 1, or 0 for an empty text
-    return (vectors @ vectors.sum(axis=0) - own) / (len(vectors) - 1)
+    """(..., n) mean cosine of each candidate with the others; comparable between different n. Needs n >= 2."""
+    vectors = unit(embeddings)
+    own = (vectors * vectors).sum(axis=-1)  # 1, or 0 for an empty text
+    return ((vectors @ vectors.sum(axis=-2)[..., None])[..., 0] - own) / (vectors.shape[-2] - 1)
+
+
+def similarities(embeddings: np.ndarray) -> np.ndarray:
+    """(..., n, n) cosine of each candidate with each."""
+    vectors = unit(embeddings)
+    return vectors @ np.swapaxes(vectors, -1, -2)
 
 
 def vote(answers: list[str]) -> np.ndarray:

@@ -4,94 +4,43 @@ reads   any number of candidate files: records with `candidates` (texts, or obje
         `generated_caption` / `generated_thought`; pooled by id
 writes  scored.jsonl      every record with all candidates, their scores and the decision
         chosen.jsonl      training records: the instruction, the whole winning candidate
+        chosen_0.85.jsonl ... the same for further thresholds
         preference.jsonl  prompt, chosen, rejected for every kept record whose candidates differ
         curated.rejected.jsonl  records that could not be judged, with the reason
 """
 
 import argparse
+import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from tqdm import tqdm
+
 from llava.errors import UserError, run_command
-from llava.ids import read_unique
-from llava.prompts import final_answer, final_description, with_image
-from llava.records import Record, RecordError, images_of, question_of, rejection, write_records
-from llava.runs import open_run
+from llava.ids import number_of
+from llava.prompts import DESCRIBE_STEPS, final_answer, final_description, with_image
+from llava.records import Record, images_of, question_of, rejection
+from llava.runs import join_run, open_run, rank, world_size
 from llava.seeds import seed_of
+from quality_evaluation.consistency import best, leave_one_out, mean_cosine, pick_rejected, similarities, vote
+from quality_evaluation.encoder import open_encoder
+from quality_evaluation.outputs import Outputs, write_parquet
+from quality_evaluation.pool import pool
 
 KINDS = ("caption", "reasoning")
 SCORES = ("mean_cosine", "leave_one_out", "vote")
+DIRECTLY = "Now say it directly, without the steps."
 CHUNK = 512  # records encoded together
+PATIENCE = 3600  # seconds that rank 0 waits for the others' shares
 
 
-def candidates_of(record: Record) -> list[dict[str, Any]]:
-    """The record's candidates as objects with `text`."""
-    found = record.get("candidates")
-    for field in ("generated_caption", "generated_thought"):
-        if found is None and field in record:
-            found = [record[field]]
-    if not isinstance(found, list):
-        raise RecordError(
-            f"record {record['id']!r} has no candidates. Fix: give files written by llava.generate, or records "
-            "with a `candidates` list"
-        )
-    candidates = [{"text": item} if isinstance(item, str) else item for item in found]
-    for number, item in enumerate(candidates):
-        if not isinstance(item, dict) or not isinstance(item.get("text"), str):
-            raise RecordError(
-                f"record {record['id']!r}: candidate {number} is {found[number]!r}. Fix: a string, or an object with `text`"
-            )
-    return candidates
-
-
-def pool(paths: list[str], allow_cut_off: bool = False) -> tuple[list[Record], int]:
-    """Records of all files, one per id in order of first appearance, candidates joined; and the number left out.
-
-    Raises RecordError when the same id shows different images in two files.
-    """
-    pooled: dict[str, Record] = {}
-    left_out = 0
-    for path in paths:
-        for record in read_unique(path):
-            found = [item for item in candidates_of(record) if usable(item, allow_cut_off)]
-            left_out += len(candidates_of(record)) - len(found)
-            if record["id"] not in pooled:
-                pooled[record["id"]] = {**record, "candidates": []}
-            known = pooled[record["id"]]
-            if images_of(known) != images_of(record):
-                raise RecordError(
-                    f"{path}: id {record['id']!r} shows {images_of(record)}, but {images_of(known)} in an earlier file. "
-                    "Fix: pool only runs over the same records"
-                )
-            for item in found:
-                if same_draw(item, known["candidates"]):
-                    raise RecordError(
-                        f"{path}: id {record['id']!r} has a candidate with the model, prompt and seed of an earlier file. "
-                        "Fix: pool runs with different SEED; the same draw twice would agree with itself"
-                    )
-            known["candidates"] += [{**item, "file": path} for item in found]
-    return list(pooled.values()), left_out
-
-
-def usable(candidate: dict[str, Any], allow_cut_off: bool) -> bool:
-    """Not empty, and not cut off at max_new_tokens: a text without its end teaches to stop anywhere."""
-    return bool(candidate["text"].strip()) and (allow_cut_off or candidate.get("finish_reason") != "length")
-
-
-def same_draw(candidate: dict[str, Any], others: list[dict[str, Any]]) -> bool:
-    """Whether another candidate was drawn by the same model, prompt and seed."""
-    keys = ("model_hash", "style", "seed")
-    if any(key not in candidate for key in keys):
-        return False
-    return any(all(other.get(key) == candidate[key] for key in keys) for other in others)
-
-
-def judge(record: Record, scores, threshold: float, seed: int) -> Record:
-    """The record with a score on every candidate and the decision."""
-    from quality_evaluation.consistency import best, pick_rejected
-
+def judge(record: Record, scores: np.ndarray, threshold: float, seed: int, matrix: np.ndarray | None) -> Record:
+    """The record with a score on every candidate and the decision; `matrix` of similarities, when it is asked for."""
     texts = [item["text"] for item in record["candidates"]]
-    scores = scores.round(6)  # equal texts tie, and 1 is 1
+    scores = scores.astype(np.float64).round(6)  # equal texts tie, and 1 is 1
     winner = best(scores)
     loser = pick_rejected(texts, scores, winner, seed_of(seed, record["id"], "rejected"))
     candidates = [{**item, "score": float(score)} for item, score in zip(record["candidates"], scores, strict=True)]
@@ -99,19 +48,27 @@ def judge(record: Record, scores, threshold: float, seed: int) -> Record:
         "chosen": winner, "rejected": loser, "score": float(scores[winner]), "threshold": threshold,
         "kept": bool(scores[winner] >= threshold),
     }  # fmt: skip
+    if matrix is not None:
+        decision["similarity"] = matrix.astype(np.float64).round(4).tolist()
     return {**record, "candidates": candidates, "decision": decision}
 
 
-def training_record(record: Record) -> Record:
-    """The SFT record of a judged one: what the winning candidate was asked, and the whole of what it said."""
+def training_record(record: Record, multi_turn: bool = False) -> Record:
+    """The SFT record of a judged one: what the winning candidate was asked, and the whole of what it said.
+
+    With `multi_turn` a caption in steps is followed by a second turn, the request without steps and the final
+    description; a response in steps by its answer.
+    """
     winner = record["candidates"][record["decision"]["chosen"]]
+    asked, said = asked_of(record, winner), winner["text"]
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+    direct = final_description(said) if DESCRIBE_STEPS in asked else final_answer(said)
+    if multi_turn and direct and direct != said.strip():
+        turns += [{"from": "human", "value": DIRECTLY}, {"from": "gpt", "value": direct}]
     return {
         "id": record["id"],
         **{key: record[key] for key in ("image",) if key in record},
-        "conversations": [
-            {"from": "human", "value": asked_of(record, winner)},
-            {"from": "gpt", "value": winner["text"]},
-        ],
+        "conversations": turns,
         "lineage": {"stage": "curate", "candidate": winner, "decision": record["decision"]},
     }
 
@@ -132,38 +89,113 @@ def asked_of(record: Record, candidate: dict[str, Any]) -> str:
     return with_image(candidate.get("instruction") or question_of(record), len(images_of(record)))
 
 
-def score_all(
-    records: list[Record], kind: str, score: str, encoder_name: str, threshold: float, seed: int
-) -> list[Record]:
-    """Judge every record; texts of `CHUNK` records are encoded together."""
-    from tqdm import tqdm
+def judged_chunk(records: list[Record], arguments: argparse.Namespace, encoder) -> list[Record]:
+    """Judge records together: their texts are encoded at once, and those with equally many candidates scored at once."""
+    compared = final_description if arguments.kind == "caption" else final_answer
+    texts = [[compared(item["text"]) for item in record["candidates"]] for record in records]
+    scores: list[np.ndarray] = [np.empty(0)] * len(records)
+    matrices: list[np.ndarray | None] = [None] * len(records)
+    if arguments.score == "vote":
+        scores = [vote(group) for group in texts]
+    else:
+        unique = {text: number for number, text in enumerate(dict.fromkeys(text for group in texts for text in group))}
+        vectors = encoder.encode(list(unique))
+        score = mean_cosine if arguments.score == "mean_cosine" else leave_one_out
+        for count in {len(group) for group in texts}:
+            rows = [row for row, group in enumerate(texts) if len(group) == count]
+            embeddings = vectors[[[unique[text] for text in texts[row]] for row in rows]]  # (rows, count, d)
+            matrix = similarities(embeddings) if arguments.matrix else [None] * len(rows)
+            for row, own, similarity in zip(rows, score(embeddings), matrix, strict=True):
+                scores[row], matrices[row] = own, similarity
+    return [
+        judge(record, own, arguments.thresholds[0], arguments.seed, matrix)
+        for record, own, matrix in zip(records, scores, matrices, strict=True)
+    ]
 
-    from quality_evaluation.consistency import leave_one_out, mean_cosine, vote
-    from quality_evaluation.encoder import open_encoder
 
-    compared = final_description if kind == "caption" else final_answer
-    encoder = None if score == "vote" else open_encoder(encoder_name)
-    judged = []
-    with tqdm(total=len(records), desc=f"score {kind}", unit="record") as bar:
-        for start in range(0, len(records), CHUNK):
-            chunk = records[start : start + CHUNK]
-            texts = [[compared(item["text"]) for item in record["candidates"]] for record in chunk]
-            if encoder:
-                vectors = iter(encoder.encode([text for group in texts for text in group]))
-            for record, group in zip(chunk, texts, strict=True):
-                if encoder:
-                    import numpy as np
+def chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    while chunk := list(islice(records, CHUNK)):
+        yield chunk
 
-                    embeddings = np.stack([next(vectors) for _ in group])
-                    scores = (mean_cosine if score == "mean_cosine" else leave_one_out)(embeddings)
+
+def encode_share(arguments: argparse.Namespace, folder: Path) -> None:
+    """What the ranks besides 0 do: encode their share of the texts into the cache, and say that it is done."""
+    encoder = make_encoder(arguments, folder, rank())
+    compared = final_description if arguments.kind == "caption" else final_answer
+    for chunk in chunks(record for record, _ in pool(arguments.candidates, arguments.allow_cut_off)):
+        texts = {compared(item["text"]) for record in chunk for item in record["candidates"]}
+        mine = sorted(text for text in texts if number_of(text) % world_size() == rank())
+        if mine:
+            encoder.encode(mine)
+    (encoder.folder / f"done.{rank()}of{world_size()}").touch()
+
+
+def wait_for_shares(arguments: argparse.Namespace, folder: Path) -> None:
+    """Rank 0: encode the own share, then wait until the others have encoded theirs."""
+    encode_share(arguments, folder)
+    encoder = make_encoder(arguments, folder, 0)
+    awaited = [encoder.folder / f"done.{other}of{world_size()}" for other in range(world_size())]
+    deadline = time.time() + PATIENCE
+    while missing := [path for path in awaited if not path.exists()]:
+        if time.time() > deadline:
+            raise UserError(f"{len(missing)} ranks have not encoded their share within an hour. Fix: run it again")
+        time.sleep(0.2)
+
+
+def make_encoder(arguments: argparse.Namespace, folder: Path, number: int):
+    return open_encoder(
+        arguments.encoder, arguments.encoder_model, arguments.encoder_preset, arguments.max_tokens,
+        cache=Path(arguments.cache_dir) if arguments.cache_dir else folder / "embeddings", rank=number,
+    )  # fmt: skip
+
+
+def curate(arguments: argparse.Namespace, folder: Path) -> dict[str, int]:
+    """Judge all records in one pass; returns the counts. Every file appears complete or not at all."""
+    encoder = None if arguments.score == "vote" else make_encoder(arguments, folder, rank())
+    counts = dict.fromkeys(("in", "kept", "below_threshold", "rejected", "pairs", "left_out_candidates"), 0)
+    names = ["scored", "chosen", "preference", "curated.rejected"]
+    extra = {threshold: f"chosen_{threshold:.2f}" for threshold in arguments.thresholds[1:]}
+    counts |= {f"kept_at_{threshold:.2f}": 0 for threshold in extra}
+    with Outputs(folder, [*names, *extra.values()]) as out, tqdm(desc=f"score {arguments.kind}", unit="record") as bar:
+
+        def enough() -> Iterator[Record]:
+            for record, left_out in pool(arguments.candidates, arguments.allow_cut_off):
+                counts["in"] += 1
+                counts["left_out_candidates"] += left_out
+                if len(record["candidates"]) > 1:
+                    yield record
                 else:
-                    scores = vote(group)
-                judged.append(judge(record, scores, threshold, seed))
+                    counts["rejected"] += 1
+                    reason = f"{len(record['candidates'])} usable candidates; agreement needs two"
+                    out.write("curated.rejected", rejection(record, reason))
+
+        for chunk in chunks(enough()):
+            for record in judged_chunk(chunk, arguments, encoder):
+                decision = record["decision"]
+                out.write("scored", record)
+                for threshold, name in extra.items():
+                    if decision["score"] >= threshold:
+                        counts[f"kept_at_{threshold:.2f}"] += 1
+                        out.write(name, training_record(record, arguments.multi_turn))
+                if not decision["kept"]:
+                    counts["below_threshold"] += 1
+                    continue
+                counts["kept"] += 1
+                out.write("chosen", training_record(record, arguments.multi_turn))
+                if decision["rejected"] is not None:
+                    counts["pairs"] += 1
+                    out.write("preference", preference_record(record))
             bar.update(len(chunk))
-    return judged
+        if counts["in"] == counts["rejected"]:
+            raise UserError(
+                f"no record in {', '.join(arguments.candidates)} has two usable candidates "
+                f"({counts['left_out_candidates']} are empty or cut off). "
+                "Fix: pool several runs, raise N_CANDIDATES or MAX_NEW_TOKENS"
+            )
+    return counts
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m quality_evaluation.curate",
         description=__doc__,
@@ -172,11 +204,26 @@ def main() -> None:
     parser.add_argument("--candidates", nargs="+", required=True, help="candidate files to pool by id")
     parser.add_argument("--kind", required=True, help="caption or reasoning: which part of a text is compared")
     parser.add_argument("--output_dir", required=True, help="run folder to write")
-    parser.add_argument("--threshold", type=float, required=True, help="keep a record when its best score reaches this")
+    parser.add_argument(
+        "--threshold", required=True, help="keep a record when its best score reaches this; further ones after commas"
+    )
     parser.add_argument(
         "--score", default="mean_cosine", help=f"{', '.join(SCORES)} (default: mean_cosine, as published)"
     )
-    parser.add_argument("--encoder", default="hashing", help="hashing, or a sentence-transformers folder")
+    parser.add_argument(
+        "--encoder", default="hashing", help="hashing, a sentence-transformers folder, or an embeddings server's URL"
+    )
+    parser.add_argument("--encoder_model", default="", help="the server's name for its model")
+    parser.add_argument("--encoder_preset", default="", help="nv-embed-v2: end each text as published")
+    parser.add_argument(
+        "--max_tokens", type=int, help="cut texts for the encoder (published: 1024 captions, 512 answers)"
+    )
+    parser.add_argument("--cache_dir", help="where embeddings are kept by content (default: in the run folder)")
+    parser.add_argument("--matrix", action="store_true", help="write all similarities of a record's candidates too")
+    parser.add_argument(
+        "--multi_turn", action="store_true", help="the question once more, answered in steps and directly"
+    )
+    parser.add_argument("--parquet", action="store_true", help="write scored.parquet too (needs pyarrow)")
     parser.add_argument("--allow_cut_off", action="store_true", help="use candidates cut off at max_new_tokens too")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn rejected candidates")
     parser.add_argument("--dry_run", action="store_true", help="pool and count, write nothing")
@@ -184,45 +231,62 @@ def main() -> None:
     for name, value, known in (("kind", arguments.kind, KINDS), ("score", arguments.score, SCORES)):
         if value not in known:
             raise UserError(f"--{name} is {value!r}; choose one of {', '.join(known)}")
-
+    try:
+        arguments.thresholds = [float(part) for part in arguments.threshold.split(",")]
+    except ValueError:
+        raise UserError(f"--threshold is {arguments.threshold!r}; give a number, or several with commas") from None
     twice = [path for path in arguments.candidates if arguments.candidates.count(path) > 1]
     if twice:
         raise UserError(f"{twice[0]} is given twice; its candidates would agree with themselves. Fix: name it once")
-    pooled, left_out = pool(arguments.candidates, arguments.allow_cut_off)
-    enough = [record for record in pooled if len(record["candidates"]) > 1]
-    rejected = [
-        rejection(record, f"{len(record['candidates'])} usable candidates; agreement needs two")
-        for record in pooled
-        if len(record["candidates"]) < 2
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.dry_run:
+        count_candidates(arguments)
+        return
+    free = ("output_dir", "dry_run", "cache_dir", "thresholds")
+    identity = {key: value for key, value in vars(arguments).items() if key not in free}
+    identity["threshold"] = arguments.thresholds[0] if len(arguments.thresholds) == 1 else arguments.thresholds
+    stage, inputs = f"curate {arguments.kind}", list(arguments.candidates)
+    if Path(arguments.encoder).is_dir():
+        inputs.append(arguments.encoder)
+    folder = Path(arguments.output_dir)
+    shared = world_size() > 1 and arguments.encoder != "hashing" and arguments.score != "vote"
+    if rank() != 0:
+        if shared and not join_run(folder, stage, identity, inputs):
+            encode_share(arguments, folder)
+        return
+    with open_run(folder, stage, identity, inputs) as run:
+        output = folder / "chosen.jsonl"
+        if run.complete:
+            print(f"[{run.stage}] already complete -> {output}")
+            return
+        if shared:
+            wait_for_shares(arguments, folder)
+        counts = curate(arguments, folder)
+        if arguments.parquet:
+            write_parquet(folder / "scored.jsonl", folder / "scored.parquet")
+        run.finish(output, **counts)
+
+
+def count_candidates(arguments: argparse.Namespace) -> None:
+    """The dry run."""
+    numbers = [
+        (len(record["candidates"]), left_out)
+        for record, left_out in pool(arguments.candidates, arguments.allow_cut_off)
     ]
+    enough = sum(count > 1 for count, _ in numbers)
+    total, left_out = (sum(column) for column in zip(*numbers, strict=True)) if numbers else (0, 0)
     if not enough:
         raise UserError(
             f"no record in {', '.join(arguments.candidates)} has two usable candidates ({left_out} are empty or cut "
             "off). Fix: pool several runs, raise N_CANDIDATES or MAX_NEW_TOKENS"
         )
-    if arguments.dry_run:
-        total = sum(len(record["candidates"]) for record in pooled)
-        print(f"records      {len(pooled):,} with {total:,} candidates, {left_out:,} empty or cut off and left out")
-        print(f"judges       {len(enough):,}; {len(rejected):,} have fewer than two candidates")
-        print(f"writes       {arguments.output_dir}/chosen.jsonl (nothing was written)")
-        return
-    identity = {key: value for key, value in vars(arguments).items() if key not in ("output_dir", "dry_run")}
-    with open_run(arguments.output_dir, f"curate {arguments.kind}", identity, arguments.candidates) as run:
-        output = Path(arguments.output_dir) / "chosen.jsonl"
-        if run.complete:
-            print(f"[{run.stage}] already complete -> {output}")
-            return
-        judged = score_all(
-            enough, arguments.kind, arguments.score, arguments.encoder, arguments.threshold, arguments.seed
-        )
-        kept = [record for record in judged if record["decision"]["kept"]]
-        pairs = [record for record in kept if record["decision"]["rejected"] is not None]
-        write_records(run.folder / "scored.jsonl", judged)
-        write_records(run.folder / "preference.jsonl", map(preference_record, pairs))
-        write_records(run.folder / "curated.rejected.jsonl", rejected)
-        write_records(output, map(training_record, kept))
-        counts = {"in": len(pooled), "kept": len(kept), "below_threshold": len(judged) - len(kept)}
-        run.finish(output, **counts, rejected=len(rejected), pairs=len(pairs), left_out_candidates=left_out)
+    print(f"records      {len(numbers):,} with {total:,} candidates, {left_out:,} empty or cut off and left out")
+    print(f"judges       {enough:,}; {len(numbers) - enough:,} have fewer than two candidates")
+    print(f"writes       {arguments.output_dir}/chosen.jsonl (nothing was written)")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """Sentence encoders for the consistency score: texts -> unit vectors.
 
-`hashing` is the embedded default: no download, no weights, words and word pairs hashed to a fixed width. Anything else
-is a sentence-transformers folder (extra `embed`). The paper used NV-Embed-v2.
+    hashing              the embedded default: no download, no weights; words, pairs and triples hashed to a fixed width
+    a folder             a sentence-transformers model (extra `embed`)
+    http://.../v1        any server with an embeddings endpoint; `model` names its model
+
+The paper used NV-Embed-v2 (CC-BY-NC-4.0, and its code wants an older transformers): serve it and give its address with
+`preset nv-embed-v2`, which ends each text as published. What a server or a folder gave is kept on disk by content.
 """
 
 import itertools
@@ -11,6 +15,7 @@ from collections import Counter
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +23,16 @@ from llava.errors import UserError
 from quality_evaluation.consistency import unit
 
 WIDTH = 4096
+TOKENS = 16_384  # of a batch, padding included
+PRESETS = {"nv-embed-v2": "</s>"}  # what is put at the end of each text
+
+
+class Encoder(Protocol):
+    """`name` identifies the vectors in a cache; `encode` gives (len(texts), d) float32 rows of length 1."""
+
+    name: str
+
+    def encode(self, texts: list[str]) -> np.ndarray: ...
 
 
 class HashingEncoder:
@@ -46,30 +61,159 @@ def bucket(gram: str) -> tuple[int, int]:
 
 
 class SentenceEncoder:
-    """A sentence-transformers model from a local folder; code in the folder is not run."""
+    """A sentence-transformers model from a local folder; code in the folder is not run. bfloat16 on a GPU."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, suffix: str = "", max_tokens: int | None = None):
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise UserError(
-                "a sentence-transformers encoder needs the extra `embed`. Fix: pip install -e '.[embed]', or use hashing"
+                "a sentence-transformers encoder needs the extra `embed`. Fix: run `bash training_scripts/setup.sh embed`"
             ) from error
-        self.name = folder
-        self.model = SentenceTransformer(folder, trust_remote_code=False, local_files_only=True)
+        import torch
+
+        from llava.runs import fingerprint, local_rank
+
+        cuda = torch.cuda.is_available()
+        self.suffix = suffix
+        self.name = f"{fingerprint(Path(folder))}{suffix}{max_tokens or ''}"
+        self.model = SentenceTransformer(
+            folder, trust_remote_code=False, local_files_only=True, device=f"cuda:{local_rank()}" if cuda else "cpu",
+            model_kwargs={"dtype": torch.bfloat16} if cuda else None,
+        )  # fmt: skip
+        if max_tokens:
+            self.model.max_seq_length = max_tokens
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """(len(texts), d) float32, rows of length 1. Identical texts are encoded once."""
-        unique = list(dict.fromkeys(texts))
-        vectors = self.model.encode(unique, normalize_embeddings=True, show_progress_bar=False)
-        place = {text: index for index, text in enumerate(unique)}
-        return vectors[[place[text] for text in texts]]
+        lengths = [len(ids) for ids in self.model.tokenizer([text + self.suffix for text in texts])["input_ids"]]
+        vectors: list = [None] * len(texts)
+        for batch in batches(lengths, self.model.max_seq_length or max(lengths)):
+            encoded = self.model.encode(
+                [texts[index] + self.suffix for index in batch], batch_size=len(batch), normalize_embeddings=True,
+                show_progress_bar=False,
+            )  # fmt: skip
+            for index, vector in zip(batch, encoded, strict=True):
+                vectors[index] = vector
+        return np.stack(vectors).astype(np.float32)
 
 
-def open_encoder(name: str) -> HashingEncoder | SentenceEncoder:
-    """`hashing`, or the folder of a sentence-transformers model."""
+def batches(lengths: list[int], longest: int) -> list[list[int]]:
+    """Indices in batches of similar length, the longest first, each of at most `TOKENS` tokens with its padding."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    found: list[list[int]] = []
+    room = 0
+    for index in order:
+        if room == 0:
+            found.append([])
+            room = max(TOKENS // max(min(lengths[index], longest), 1), 1)
+        found[-1].append(index)
+        room -= 1
+    return found
+
+
+class ServedEncoder:
+    """An embeddings endpoint; 64 texts a request, many requests in flight."""
+
+    def __init__(self, url: str, model: str, suffix: str = ""):
+        if not model:
+            raise UserError("an embeddings server needs --encoder_model: the name under which it knows its model")
+        self.url, self.model, self.suffix = url, model, suffix
+        self.name = f"{model}{suffix}"
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        from llava.endpoint import Endpoint, each
+
+        endpoint, vectors = Endpoint(self.url, self.model), {}
+
+        def done(start: int, rows: list[list[float]]) -> None:
+            vectors[start] = np.array(rows, dtype=np.float32)
+
+        def ask(start: int):
+            return endpoint.embed([text + self.suffix for text in texts[start : start + 64]])
+
+        each(range(0, len(texts), 64), ask, done, concurrency=16)
+        return unit(np.concatenate([vectors[start] for start in sorted(vectors)])).astype(np.float32)
+
+
+class CachedEncoder:
+    """Keeps what another encoder gave in a folder, by content: a text is encoded once, in this run and the next.
+
+    Ranks write a file each and read all of them, so that each may encode its share beforehand.
+    """
+
+    def __init__(self, inner: Encoder, folder: Path, rank: int = 0):
+        self.inner, self.name = inner, inner.name
+        self.folder = folder / blake2b(inner.name.encode(), digest_size=8).hexdigest()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.own = f"rank{rank:05d}"
+        self.places: dict[bytes, tuple[str, int]] = {}  # text -> (file, row)
+        self.width = 0
+        self.read_all()
+
+    def read_all(self) -> None:
+        """Find what all ranks have kept; a torn last row is left out."""
+        for keys in sorted(self.folder.glob("*.keys")):
+            data = keys.read_bytes()
+            vectors = keys.with_suffix(".vectors")
+            width_file = self.folder / "width"
+            if not width_file.is_file() or not vectors.is_file():
+                continue
+            self.width = int(width_file.read_text())
+            rows = min(len(data) // 16, vectors.stat().st_size // (4 * self.width))
+            for row in range(rows):
+                self.places.setdefault(data[16 * row : 16 * row + 16], (keys.stem, row))
+            if keys.stem == self.own:
+                for path, size in ((keys, 16), (vectors, 4 * self.width)):
+                    with path.open("rb+") as file:
+                        file.truncate(rows * size)
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        keys = [key_of(text) for text in texts]
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.places}
+        if missing:
+            self.keep(list(missing), self.inner.encode(list(missing.values())))
+        files = {
+            name: np.memmap(self.folder / f"{name}.vectors", np.float32, "r").reshape(-1, self.width)
+            for name in {self.places[key][0] for key in keys}
+        }
+        return np.stack([files[file][row] for file, row in (self.places[key] for key in keys)])
+
+    def keep(self, keys: list[bytes], vectors: np.ndarray) -> None:
+        self.width = vectors.shape[1]
+        (self.folder / "width").write_text(str(self.width))
+        path = self.folder / f"{self.own}.vectors"
+        row = path.stat().st_size // (4 * self.width) if path.is_file() else 0
+        with path.open("ab") as file:
+            file.write(vectors.astype(np.float32).tobytes())
+        with path.with_suffix(".keys").open("ab") as file:  # second: a key without its vector must not exist
+            file.write(b"".join(keys))
+        for number, key in enumerate(keys):
+            self.places[key] = self.own, row + number
+
+
+def key_of(text: str) -> bytes:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def open_encoder(
+    name: str,
+    model: str = "",
+    preset: str = "",
+    max_tokens: int | None = None,
+    cache: Path | None = None,
+    rank: int = 0,
+) -> Encoder:
+    """`hashing`, the folder of a sentence-transformers model, or the address of an embeddings server."""
+    if preset and preset not in PRESETS:
+        raise UserError(f"--encoder_preset is {preset!r}; known are {', '.join(PRESETS)}")
     if name == "hashing":
         return HashingEncoder()
-    if not Path(name).is_dir():
-        raise UserError(f"encoder {name!r} is neither `hashing` nor a folder. Fix: set ENCODER_MODEL_NAME_OR_PATH")
-    return SentenceEncoder(name)
+    if name.startswith(("http://", "https://")):
+        inner: Encoder = ServedEncoder(name, model, PRESETS.get(preset, ""))
+    elif Path(name).is_dir():
+        inner = SentenceEncoder(name, PRESETS.get(preset, ""), max_tokens)
+    else:
+        raise UserError(
+            f"encoder {name!r} is neither `hashing`, nor a folder, nor an address. Fix: set ENCODER_MODEL_NAME_OR_PATH"
+        )
+    return CachedEncoder(inner, cache, rank) if cache else inner

@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.benchmarks.client import bench_client
+from tests.benchmarks.generation import bench_generation
 from tests.benchmarks.model import bench_encoder, bench_pixels, bench_resampler
 from tests.benchmarks.training import bench_memory, bench_step, bench_trainers
 
@@ -27,3 +29,11 @@ def test_a_training_step_is_three_times_as_fast_in_half_the_memory():
 
 def test_training_is_twice_as_fast_as_with_the_trainers_people_use():
     assert all(ratio > 2 for ratio in bench_trainers(steps=1).values())
+
+
+def test_six_candidates_an_image_are_five_times_as_fast_as_by_generate():
+    assert all(ratio > 5 for ratio in bench_generation(rounds=1).values())
+
+
+def test_the_client_is_twenty_times_as_fast_as_two_threads():
+    assert bench_client() > 20

@@ -1,9 +1,11 @@
 """Curation end to end, on candidate files written by hand."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llava.errors import UserError
@@ -101,7 +103,7 @@ def test_the_same_id_with_another_image_is_refused(run, tmp_path):
         run([record("1", CIRCLE)], [record("1", CIRCLE, image="other.jpg")])
     for part in ("candidates-1.jsonl", "'1'", "other.jpg", "1.jpg", "Fix: "):
         assert part in str(refused.value)
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", ".lock"}
 
 
 def test_an_id_twice_in_one_file_is_refused(run):
@@ -167,7 +169,7 @@ def test_one_candidate_is_rejected_with_the_reason(run):
 def test_nothing_to_judge_is_an_error(run, tmp_path):
     with pytest.raises(UserError, match="has two usable candidates"):
         run([record("1", CIRCLE), record("2", "")])
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", ".lock"}
 
 
 def test_the_threshold_keeps_what_reaches_it(run):
@@ -344,21 +346,21 @@ def drawn(text: str, seed: int, finish_reason: str = "stop") -> dict:
 
 def test_candidates_that_were_cut_off_take_no_part_unless_allowed(tmp_path):
     from llava.records import write_records
-    from quality_evaluation.curate import pool
+    from quality_evaluation.pool import pool
 
     path = tmp_path / "candidates.jsonl"
     turns = [{"from": "human", "value": "Hi"}]
     candidates = [drawn("a cat", 1), drawn("a cat on a", 2, "length"), drawn("a cat", 3)]
     write_records(path, [{"id": "1", "conversations": turns, "candidates": candidates}])
-    [record], left_out = pool([str(path)])
+    [(record, left_out)] = pool([str(path)])
     assert ([item["seed"] for item in record["candidates"]], left_out) == ([1, 3], 1)
-    [record], left_out = pool([str(path)], allow_cut_off=True)
+    [(record, left_out)] = pool([str(path)], allow_cut_off=True)
     assert ([item["seed"] for item in record["candidates"]], left_out) == ([1, 2, 3], 0)
 
 
 def test_the_same_draw_in_two_files_is_refused(tmp_path):
     from llava.records import write_records
-    from quality_evaluation.curate import pool
+    from quality_evaluation.pool import pool
 
     turns = [{"from": "human", "value": "Hi"}]
     for name in ("one", "two"):
@@ -366,4 +368,102 @@ def test_the_same_draw_in_two_files_is_refused(tmp_path):
             tmp_path / f"{name}.jsonl", [{"id": "1", "conversations": turns, "candidates": [drawn("a cat", 7)]}]
         )
     with pytest.raises(UserError, match="pool runs with different SEED"):
-        pool([str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")])
+        list(pool([str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")]))
+
+
+# What one pass writes besides
+
+
+def test_several_thresholds_come_from_one_pass(run, tmp_path):
+    records = [record("1", CIRCLE, CIRCLE), record("2", CIRCLE, NEAR), record("3", CIRCLE, "Something else entirely")]
+    curated = run(records, threshold="0.4,0.6,0.99")
+    best = {identifier: row["decision"]["score"] for identifier, row in curated.scored.items()}
+    assert set(curated.chosen) == {identifier for identifier, score in best.items() if score >= 0.4}
+    for threshold in (0.6, 0.99):
+        rows = {row["id"] for row in read_jsonl(tmp_path / "out" / f"chosen_{threshold:.2f}.jsonl")}
+        assert rows == {identifier for identifier, score in best.items() if score >= threshold}
+        assert curated.run["counts"][f"kept_at_{threshold:.2f}"] == len(rows)
+    assert curated.run["arguments"]["threshold"] == [0.4, 0.6, 0.99]
+
+
+def test_the_matrix_is_written_on_request_and_gives_the_scores(run):
+    curated = run([record("1", CIRCLE, NEAR, CIRCLE), record("2", CIRCLE, NEAR)], more=("--matrix",))
+    for row in curated.scored.values():
+        matrix = row["decision"]["similarity"]
+        for line, candidate in zip(matrix, row["candidates"], strict=True):
+            assert sum(line) / len(line) == pytest.approx(candidate["score"], abs=1e-3)
+
+
+def test_a_second_turn_asks_for_it_without_steps(run):
+    from llava.prompts import COD_DEFAULT, COD_HEADINGS, render_steps
+
+    steps = {"text": render_steps(COD_HEADINGS, ["a", "b", "c", "d", CIRCLE]), "instruction": COD_DEFAULT}
+    direct = {"text": CIRCLE, "instruction": "Please describe it."}
+    curated = run([record("1", steps, steps), record("2", direct, direct)], more=("--multi_turn",))
+    assert [turn["value"] for turn in curated.chosen["1"]["conversations"]][1:] == [
+        steps["text"], curate.DIRECTLY, CIRCLE,
+    ]  # fmt: skip
+    assert len(curated.chosen["2"]["conversations"]) == 2
+
+
+def test_parquet_holds_every_record(run, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    run([record("1", CIRCLE, NEAR), record("2", CIRCLE, "Something else")], threshold=0.7, more=("--parquet",))
+    rows = parquet.read_table(tmp_path / "out" / "scored.parquet").to_pylist()
+    assert [(row["id"], row["images"], row["n_candidates"]) for row in rows] == [
+        ("1", ["1.jpg"], 2),
+        ("2", ["2.jpg"], 2),
+    ]
+    assert [row["kept"] for row in rows] == [True, False]
+    assert json.loads(rows[0]["candidates"])[0]["text"] == CIRCLE
+
+
+def test_an_interrupted_pass_leaves_no_file_and_the_same_command_finishes(run, tmp_path, monkeypatch):
+    records = [record(str(number), CIRCLE, NEAR) for number in range(6)]
+    monkeypatch.setattr(curate, "CHUNK", 2)
+    judged = curate.judged_chunk
+
+    def stop(chunk, *more):
+        if chunk[0]["id"] == "4":
+            raise KeyboardInterrupt
+        return judged(chunk, *more)
+
+    monkeypatch.setattr(curate, "judged_chunk", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(records)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", ".lock"}
+    monkeypatch.setattr(curate, "judged_chunk", judged)
+    assert len(run(records).scored) == 6
+
+
+def test_scores_are_those_of_the_plain_double_sum():
+    from quality_evaluation.consistency import leave_one_out, mean_cosine, similarities
+
+    vectors = np.random.default_rng(0).standard_normal((5, 4, 16))
+    for group, own, others, matrix in zip(
+        vectors, mean_cosine(vectors), leave_one_out(vectors), similarities(vectors), strict=True
+    ):
+        for i, one in enumerate(group):
+            cosines = [one @ other / np.linalg.norm(one) / np.linalg.norm(other) for other in group]
+            assert own[i] == pytest.approx(sum(cosines) / 4)
+            assert others[i] == pytest.approx((sum(cosines) - 1) / 3)
+            assert matrix[i] == pytest.approx(cosines)
+
+
+@pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_the_records(tmp_path, count):
+    """Peak of the whole process, in megabytes; the issue's bound for a million is 2,048."""
+    with (tmp_path / "many.jsonl").open("w") as file:
+        for number in range(count):
+            texts = [{"text": f"A picture of thing {number % 97} and {number % 31}."} for _ in range(3)]
+            file.write(json.dumps(record(f"id-{number}", *texts)) + "\n")
+    command = [
+        sys.executable, "-c",
+        "import resource, sys; from quality_evaluation import curate; curate.main();"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)",
+        "--candidates", tmp_path / "many.jsonl", "--kind", "caption", "--threshold", "0.8", "--output_dir", tmp_path / "out",
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) < 450
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["counts"]["kept"] == count

@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 
+from llava.endpoint import Refused
 from llava.errors import UserError
-from quality_evaluation.encoder import HashingEncoder, open_encoder
+from quality_evaluation.encoder import TOKENS, CachedEncoder, HashingEncoder, batches, open_encoder
+from tests.loopback import Loopback
 
 
 def cosine(one: str, two: str) -> float:
@@ -57,7 +59,7 @@ def test_vectors_are_the_same_in_another_process():
 
 def test_an_unknown_encoder_is_refused_by_name():
     assert open_encoder("hashing").name == "hashing"
-    with pytest.raises(UserError, match="'/model_weight/NV-Embed-v2' is neither `hashing` nor a folder"):
+    with pytest.raises(UserError, match="'/model_weight/NV-Embed-v2' is neither `hashing`, nor a folder"):
         open_encoder("/model_weight/NV-Embed-v2")
 
 
@@ -65,3 +67,134 @@ def test_an_unknown_encoder_is_refused_by_name():
 def test_a_folder_needs_the_extra(tmp_path):
     with pytest.raises(UserError, match=r"needs the extra `embed`"):
         open_encoder(str(tmp_path))
+
+
+# A server, a cache, several ranks
+
+
+class Letters:
+    """Letter counts as vectors; counts what it is asked for."""
+
+    name = "letters"
+
+    def __init__(self):
+        self.asked: list[str] = []
+
+    def encode(self, texts):
+        self.asked += texts
+        rows = [[text.count(letter) + 0.1 for letter in "abcde"] for text in texts]
+        return (np.array(rows) / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_a_text_is_encoded_once_in_this_run_and_the_next(tmp_path):
+    inner = Letters()
+    first = CachedEncoder(inner, tmp_path).encode(["abc", "bcd", "abc"])
+    assert inner.asked == ["abc", "bcd"]
+    again = CachedEncoder(inner, tmp_path)
+    assert np.array_equal(again.encode(["abc", "ee", "bcd"])[[0, 2]], first[[0, 1]])
+    assert inner.asked == ["abc", "bcd", "ee"]
+
+
+@pytest.mark.parametrize("torn", ["keys", "vectors"])
+def test_a_torn_cache_loses_its_last_row_alone(tmp_path, torn):
+    inner = Letters()
+    CachedEncoder(inner, tmp_path).encode(["abc", "bcd", "cde"])
+    [file] = tmp_path.glob(f"*/*.{torn}")
+    file.write_bytes(file.read_bytes()[:-3])
+    inner.asked.clear()
+    repaired = CachedEncoder(inner, tmp_path).encode(["abc", "bcd", "cde"])
+    assert inner.asked == ["cde"]
+    assert np.array_equal(repaired, Letters().encode(["abc", "bcd", "cde"]))
+    assert np.array_equal(CachedEncoder(inner, tmp_path).encode(["cde", "abc"]), Letters().encode(["cde", "abc"]))
+
+
+def test_ranks_read_what_the_others_encoded(tmp_path):
+    CachedEncoder(Letters(), tmp_path, rank=1).encode(["abc"])
+    CachedEncoder(Letters(), tmp_path, rank=2).encode(["bcd"])
+    inner = Letters()
+    vectors = CachedEncoder(inner, tmp_path, rank=0).encode(["bcd", "abc"])
+    assert inner.asked == []
+    assert np.array_equal(vectors, Letters().encode(["bcd", "abc"]))
+
+
+def embeddings(number, body):
+    rows = [{"object": "embedding", "index": k, "embedding": [float(text.count(c)) + 0.5 for c in "abcde"]}
+            for k, text in enumerate(body["input"])]  # fmt: skip
+    return (
+        200,
+        {"object": "list", "model": "m", "data": rows[::-1], "usage": {"prompt_tokens": 1, "total_tokens": 1}},
+        {},
+    )
+
+
+def test_a_server_encodes_in_order_in_batches_with_the_published_ending():
+    texts = [f"{'abcde'[number % 5] * (number % 7)} {number}" for number in range(150)]
+
+    def answer(number, body):
+        assert all(text.endswith("</s>") for text in body["input"])
+        return embeddings(number, body)
+
+    with Loopback(answer) as server:
+        vectors = open_encoder(server.base_url, model="m", preset="nv-embed-v2").encode(texts)
+    assert len(server.requests) == 3
+    wanted = np.array([[text.count(c) + 0.5 for c in "abcde"] for text in texts])
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+    np.testing.assert_allclose(vectors, wanted, atol=1e-6)
+
+
+def test_a_server_wants_its_models_name_and_bad_embeddings_are_refused():
+    with pytest.raises(UserError, match="--encoder_model"):
+        open_encoder("http://127.0.0.1:1/v1")
+    with pytest.raises(UserError, match="known are nv-embed-v2"):
+        open_encoder("hashing", preset="other")
+    with Loopback(lambda number, body: (200, {"data": []}, {})) as server, pytest.raises(Refused):
+        open_encoder(server.base_url, model="m").encode(["a"])
+
+
+def test_batches_hold_all_texts_within_the_budget():
+    lengths = [int(length) for length in np.random.default_rng(0).integers(1, 2000, 500)]
+    found = batches(lengths, longest=512)
+    assert sorted(index for batch in found for index in batch) == list(range(500))
+    for batch in found:
+        assert len(batch) == 1 or len(batch) * min(max(lengths[index] for index in batch), 512) <= TOKENS
+
+
+def test_two_ranks_share_the_encoding_and_curate_as_one(tmp_path):
+    """Two processes as torchrun starts them, against a server that counts what it is asked."""
+    import json
+    import os
+
+    from llava.records import read_jsonl, write_records
+
+    turns = [{"from": "human", "value": "Hi"}]
+    rows = [
+        {"id": str(n), "conversations": turns, "candidates": [f"a{n}", f"b{n} c", f"a{n}"]} for n in range(40)
+    ]  # fmt: skip
+    write_records(tmp_path / "in.jsonl", rows)
+
+    def command(output, url):
+        return [
+            sys.executable, "-m", "quality_evaluation.curate", "--candidates", str(tmp_path / "in.jsonl"), "--kind", "caption",
+            "--threshold", "0.5", "--encoder", url, "--encoder_model", "m", "--output_dir", str(output),
+        ]  # fmt: skip
+
+    with Loopback(embeddings) as server:
+        ranks = [
+            subprocess.Popen(
+                command(tmp_path / "two", server.base_url), stderr=subprocess.PIPE, text=True,
+                env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": ":".join(filter(None, sys.path))},
+            )
+            for rank in (1, 0)
+        ]  # fmt: skip
+        for process in ranks:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors[-2000:]
+        asked = [text for body in server.requests for text in body["input"]]
+        assert sorted(asked) == sorted({text for row in rows for text in row["candidates"]})
+        one = subprocess.run(command(tmp_path / "one", server.base_url), capture_output=True, text=True, check=False)
+        assert one.returncode == 0, one.stderr[-2000:]
+    for name in ("chosen", "scored"):
+        assert list(read_jsonl(tmp_path / "one" / f"{name}.jsonl")) == list(
+            read_jsonl(tmp_path / "two" / f"{name}.jsonl")
+        )
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["status"] == "complete"

@@ -14,7 +14,8 @@ from llava.prompts import COD_HEADINGS, render_steps
 from llava.records import sha256_of, write_records
 from llava.runs import open_run
 from quality_evaluation import curate, lineage, trace
-from training_data_annotation import annotate_captions, client, convert_reasoning
+from tests.loopback import Loopback, completion
+from training_data_annotation import annotate_captions, convert_reasoning
 
 CIRCLE = "A large red circle is at the top left."
 TAGGED = (
@@ -37,15 +38,13 @@ def candidate(text: str, sample: int, **fields) -> dict:
     }  # fmt: skip
 
 
-class Annotator:
+def annotator(number: int, body: dict) -> tuple:
     """Answers every request, but not about images of record `bad`."""
-
-    def __init__(self, *_):
-        pass
-
-    def ask(self, system, text, image):
-        reply = "no steps" if "bad" in text else render_steps(COD_HEADINGS, [CIRCLE] * 5)
-        return client.Reply(reply, "toy-annotator", 11, 22)
+    reply = (
+        "no steps" if "bad" in body["messages"][1]["content"][0]["text"] else render_steps(COD_HEADINGS, [CIRCLE] * 5)
+    )
+    usage = {"prompt_tokens": 11, "completion_tokens": 22, "total_tokens": 33}
+    return 200, {**completion([reply]), "model": "toy-annotator", "usage": usage}, {}
 
 
 def command(monkeypatch, module, *arguments) -> None:
@@ -65,9 +64,10 @@ def work(tmp_path, monkeypatch) -> Path:
     write_records(data / "reasoning.jsonl", [record("why-1", "Which colour?", TAGGED)])
     (data / "unlabelled.json").write_text(json.dumps([record(7), record("img-8"), record("img-9")], indent=1))
 
-    monkeypatch.setattr(client, "ChatClient", Annotator)
     folders = ["--output_cod_dir", work / "annotated/cod", "--output_dd_dir", work / "annotated/dd"]
-    command(monkeypatch, annotate_captions, "--data_path", data / "captioned.json", *folders)
+    with Loopback(annotator) as server:
+        address = ["--base_url", server.base_url]
+        command(monkeypatch, annotate_captions, "--data_path", data / "captioned.json", *folders, *address)
     folders = ["--output_cot_dir", work / "annotated/cot", "--output_short_dir", work / "annotated/short"]
     command(monkeypatch, convert_reasoning, "--data_path", data / "reasoning.jsonl", *folders)
 

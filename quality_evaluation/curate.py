@@ -62,15 +62,22 @@ def training_record(record: Record, multi_turn: bool = False) -> Record:
     winner = record["candidates"][record["decision"]["chosen"]]
     asked, said = asked_of(record, winner), winner["text"]
     turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
-    direct = final_description(said) if DESCRIBE_STEPS in asked else final_answer(said)
-    if multi_turn and direct and direct != said.strip():
-        turns += [{"from": "human", "value": DIRECTLY}, {"from": "gpt", "value": direct}]
+    if multi_turn:
+        turns += second_turn(asked, said)
     return {
         "id": record["id"],
         **{key: record[key] for key in ("image",) if key in record},
         "conversations": turns,
         "lineage": {"stage": "curate", "candidate": winner, "decision": record["decision"]},
     }
+
+
+def second_turn(asked: str, said: str) -> list[dict[str, str]]:
+    """The question once more, answered directly; nothing where that is what was said."""
+    direct = final_description(said) if DESCRIBE_STEPS in asked else final_answer(said)
+    if not direct or direct == said.strip():
+        return []
+    return [{"from": "human", "value": DIRECTLY}, {"from": "gpt", "value": direct}]
 
 
 def preference_record(record: Record) -> Record:
@@ -167,24 +174,23 @@ def curate(arguments: argparse.Namespace, folder: Path) -> dict[str, int]:
                 else:
                     counts["rejected"] += 1
                     reason = f"{len(record['candidates'])} usable candidates; agreement needs two"
-                    out.write("curated.rejected", rejection(record, reason))
+                    out.write(rejection(record, reason), "curated.rejected")
 
         for chunk in chunks(enough()):
             for record in judged_chunk(chunk, arguments, encoder):
                 decision = record["decision"]
-                out.write("scored", record)
-                for threshold, name in extra.items():
-                    if decision["score"] >= threshold:
-                        counts[f"kept_at_{threshold:.2f}"] += 1
-                        out.write(name, training_record(record, arguments.multi_turn))
-                if not decision["kept"]:
-                    counts["below_threshold"] += 1
-                    continue
-                counts["kept"] += 1
-                out.write("chosen", training_record(record, arguments.multi_turn))
-                if decision["rejected"] is not None:
+                out.write(record, "scored")
+                reached = [name for threshold, name in extra.items() if decision["score"] >= threshold]
+                for name in reached:
+                    counts[name.replace("chosen", "kept_at")] += 1
+                counts["kept" if decision["kept"] else "below_threshold"] += 1
+                if decision["kept"]:
+                    reached.append("chosen")
+                if reached:
+                    out.write(training_record(record, arguments.multi_turn), *reached)
+                if decision["kept"] and decision["rejected"] is not None:
                     counts["pairs"] += 1
-                    out.write("preference", preference_record(record))
+                    out.write(preference_record(record), "preference")
             bar.update(len(chunk))
         if counts["in"] == counts["rejected"]:
             raise UserError(

@@ -23,7 +23,7 @@ from llava.errors import UserError
 from quality_evaluation.consistency import unit
 
 WIDTH = 4096
-TOKENS = 16_384  # of a batch, padding included
+TOKENS = {"cuda": 16_384, "cpu": 1024}  # of a batch, padding included: what a device's caches like
 PRESETS = {"nv-embed-v2": "</s>"}  # what is put at the end of each text
 
 
@@ -87,7 +87,7 @@ class SentenceEncoder:
     def encode(self, texts: list[str]) -> np.ndarray:
         lengths = [len(ids) for ids in self.model.tokenizer([text + self.suffix for text in texts])["input_ids"]]
         vectors: list = [None] * len(texts)
-        for batch in batches(lengths, self.model.max_seq_length or max(lengths)):
+        for batch in batches(lengths, self.model.max_seq_length or max(lengths), TOKENS[self.model.device.type]):
             encoded = self.model.encode(
                 [texts[index] + self.suffix for index in batch], batch_size=len(batch), normalize_embeddings=True,
                 show_progress_bar=False,
@@ -97,15 +97,15 @@ class SentenceEncoder:
         return np.stack(vectors).astype(np.float32)
 
 
-def batches(lengths: list[int], longest: int) -> list[list[int]]:
-    """Indices in batches of similar length, the longest first, each of at most `TOKENS` tokens with its padding."""
+def batches(lengths: list[int], longest: int, tokens: int) -> list[list[int]]:
+    """Indices in batches of similar length, the longest first, each of at most `tokens` tokens with its padding."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     found: list[list[int]] = []
     room = 0
     for index in order:
         if room == 0:
             found.append([])
-            room = max(TOKENS // max(min(lengths[index], longest), 1), 1)
+            room = max(tokens // max(min(lengths[index], longest), 1), 1)
         found[-1].append(index)
         room -= 1
     return found

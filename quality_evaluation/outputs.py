@@ -25,8 +25,11 @@ class Outputs:
             )
         return self
 
-    def write(self, name: str, record: Any) -> None:
-        self.files[name].write(dump(record) + "\n")
+    def write(self, record: Any, *names: str) -> None:
+        """One record into one or several of the files."""
+        line = dump(record) + "\n"
+        for name in names:
+            self.files[name].write(line)
 
     def __exit__(self, kind, *_: object) -> None:
         for name, file in self.files.items():

@@ -9,7 +9,7 @@ import pytest
 
 from llava.endpoint import Refused
 from llava.errors import UserError
-from quality_evaluation.encoder import TOKENS, CachedEncoder, HashingEncoder, batches, open_encoder
+from quality_evaluation.encoder import CachedEncoder, HashingEncoder, batches, open_encoder
 from tests.loopback import Loopback
 
 
@@ -153,10 +153,10 @@ def test_a_server_wants_its_models_name_and_bad_embeddings_are_refused():
 
 def test_batches_hold_all_texts_within_the_budget():
     lengths = [int(length) for length in np.random.default_rng(0).integers(1, 2000, 500)]
-    found = batches(lengths, longest=512)
+    found = batches(lengths, longest=512, tokens=4096)
     assert sorted(index for batch in found for index in batch) == list(range(500))
     for batch in found:
-        assert len(batch) == 1 or len(batch) * min(max(lengths[index] for index in batch), 512) <= TOKENS
+        assert len(batch) == 1 or len(batch) * min(max(lengths[index] for index in batch), 512) <= 4096
 
 
 def test_two_ranks_share_the_encoding_and_curate_as_one(tmp_path):

@@ -15,6 +15,7 @@ if [[ -n "${MODEL_PATH:-}" ]]; then require_path MODEL_PATH; fi
 array_rank
 if [[ -n "${SPLIT:-}" ]]; then DATA_PATH=${DATA_PATH}_${SPLIT}.json; fi
 PROMPT=${PROMPT:-cot-default} # of cot-default and default, comma-separated
+if [[ -n "${ENDPOINT:-}" ]]; then BATCH_SIZE=${BATCH_SIZE:-256}; fi # requests wait for a server, not for memory
 TEMPERATURE=${TEMPERATURE:-0.7}
 BEAMS=${BEAMS:-1}
 TOP_P=${TOP_P:-0.9}

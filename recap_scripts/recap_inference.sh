@@ -13,6 +13,7 @@ if [[ -z "${ENDPOINT:-}" ]]; then : "${MODEL_PATH:?the warmed-up checkpoint fold
 if [[ -n "${MODEL_PATH:-}" ]]; then require_path MODEL_PATH; fi
 array_rank
 PROMPT=${PROMPT:-cod-default} # of cod-default, cod-conv and default, comma-separated
+if [[ -n "${ENDPOINT:-}" ]]; then BATCH_SIZE=${BATCH_SIZE:-256}; fi # requests wait for a server, not for memory
 TEMPERATURE=${TEMPERATURE:-0.7}
 BEAMS=${BEAMS:-1}
 TOP_P=${TOP_P:-0.9}

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from llava.chat import Conversation, text_and_files
-from llava.generate.sampling import Prompt, Sampling, complete
+from llava.generate.candidates import Draw, Prompt, Sampling
+from llava.generate.sampling import complete
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +32,7 @@ def test_the_streamed_answer_is_the_greedy_one(conversation, picture):
     image = Image.open(picture).convert("RGB")
     pieces = list(conversation.ask("What is in the photo?", [image]))
     greedy = Sampling(temperature=0, max_new_tokens=12)
-    prompt = Prompt("<image>\nWhat is in the photo?", [image], [0])
+    prompt = Prompt([image], ["<image>\nWhat is in the photo?"], [Draw(0, 0)])
     expected = complete(conversation.model, conversation.processor, [prompt], greedy)[0][0]
     assert "".join(pieces).strip() == expected.text
     assert len(pieces) > 1  # it arrives while it is written

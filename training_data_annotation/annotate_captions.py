@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava.endpoint import Endpoint, Refused, each, image_part
 from llava.errors import UserError, run_command
 from llava.ids import read_unique
-from llava.images import ImageError, find_image
 from llava.prompts import (
     ANNOTATOR_SYSTEM,
     COD_HEADINGS,
@@ -58,6 +56,9 @@ def known_caption(record: Record) -> str:
 
 async def annotate(record: Record, folder: str, endpoint, settings: dict[str, Any]) -> dict[str, Any]:
     """One finished row: id and tokens used, with `steps`, or with `reason`."""
+    from llava.endpoint import Refused, image_part
+    from llava.images import ImageError, find_image
+
     names = images_of(record)
     used = {"prompt_tokens": 0, "completion_tokens": 0}
     if len(names) != 1:
@@ -148,6 +149,8 @@ def ask_all(
     """Annotate what `path` does not hold yet; at most `concurrency` requests are in flight, none beyond the budget."""
     from tqdm import tqdm
 
+    from llava.endpoint import each
+
     rows = list(read_jsonl(path))
     done = {row["id"] for row in rows if not row.get("reason", "").startswith(ASK_AGAIN)}
     for row in rows:
@@ -227,6 +230,8 @@ def main() -> None:
             print(f"[{run.stage}] already complete -> {output}")
             return
         budget = Budget(arguments.price_input, arguments.price_output, arguments.max_cost)
+        from llava.endpoint import Endpoint
+
         endpoint = Endpoint(arguments.base_url, arguments.model, requests_per_minute=arguments.requests_per_minute)
         settings = {"temperature": arguments.temperature, "max_tokens": arguments.max_tokens}
         replies = run.folder / "replies.jsonl"
@@ -258,6 +263,8 @@ def main() -> None:
 
 
 def check_images(records: list[Record], folder: str) -> None:
+    from llava.images import find_image
+
     for record in records:
         for name in images_of(record):
             find_image(folder, name)

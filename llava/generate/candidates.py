@@ -57,6 +57,7 @@ class Completion:
     text: str
     finish_reason: str
     tokens: int
+    prompt_tokens: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,9 +68,9 @@ Finished = list[tuple[Draw, Completion]]
 More = Callable[[Key, Finished], list[Draw]]
 
 
-def completion_of(processor: LlavaUHDProcessor, ids: list[int], stopped: bool) -> Completion:
+def completion_of(processor: LlavaUHDProcessor, ids: list[int], stopped: bool, prompt_tokens: int) -> Completion:
     text = processor.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True).strip()
-    return Completion(text, "stop" if stopped else "length", len(ids))
+    return Completion(text, "stop" if stopped else "length", len(ids), prompt_tokens)
 
 
 def end_tokens(processor: LlavaUHDProcessor) -> list[int]:

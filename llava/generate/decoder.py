@@ -232,7 +232,8 @@ class Decoder:
                 self.own.move(len(self.rows), slot, last.length)
                 self.rows[slot] = last
             self.layout = None
-            completion = completion_of(self.processor, row.ids, stopped)
+            prompt = row.group.prefix_length + row.group.texts[row.draw.message].keys.shape[2]
+            completion = completion_of(self.processor, row.ids, stopped, prompt)
             row.group.finished[row.number] = row.draw, completion
         for group in [group for group in self.groups if len(group.finished) == group.drawn]:
             finished = [group.finished[number] for number in range(group.drawn)]

@@ -95,5 +95,7 @@ def beam_search(model, processor, prompt: Prompt, sampling: Sampling) -> Finishe
         ends = end_tokens(processor)
         for draw, ids in zip(draws, sequences.tolist(), strict=True):
             length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-            finished[draw] = completion_of(processor, ids[:length], ids[length - 1] in ends)
+            finished[draw] = completion_of(
+                processor, ids[:length], ids[length - 1] in ends, inputs["input_ids"].shape[1]
+            )
     return [(draw, finished[draw]) for draw in prompt.draws]

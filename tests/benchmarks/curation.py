@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from quality_evaluation.consistency import best
-from quality_evaluation.curate import CHUNK, chunks, judged_chunk, training_record
 from quality_evaluation.encoder import SentenceEncoder
+from quality_evaluation.judging import CHUNK, chunks, judged_chunk, training_record
 from quality_evaluation.outputs import Outputs
 from tests.benchmarks.compare import compare, header
 

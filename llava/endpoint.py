@@ -8,7 +8,6 @@ error text can never come back as a reply. Hundreds of requests are in flight in
 import asyncio
 import base64
 import io
-import itertools
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -20,7 +19,7 @@ from llava.errors import UserError
 from llava.images import FORMATS, ImageError
 
 MAX_RETRIES = 6
-POOLS = 32  # of connections
+IN_FLIGHT = 12  # requests a client
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -68,11 +67,11 @@ class Endpoint:
                 "OPENAI_API_KEY is not set. Fix: export it, or point OPENAI_BASE_URL at a server on this machine"
             )
         self.openai, self.model = openai, model
-        # httpx looks through all connections of a pool at every request: many small pools take a third of the time
-        self.clients = itertools.cycle([
-            openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=MAX_RETRIES, timeout=timeout)
-            for _ in range(POOLS)
-        ])  # fmt: skip
+        self.make = lambda: openai.AsyncOpenAI(
+            base_url=base_url, api_key=key or "none", max_retries=MAX_RETRIES, timeout=timeout
+        )
+        self.clients = [self.make()]
+        self.flying = self.turn = 0
         self.interval = 60 / requests_per_minute if requests_per_minute else 0.0
         self.next_start = 0.0
 
@@ -111,8 +110,13 @@ class Endpoint:
     async def send(self, request: Callable[[Any], Awaitable[Any]]) -> Any:
         """One request through one of the clients, its failure told apart."""
         await self.pace()
+        self.flying += 1
+        # httpx looks through all connections of a client at every request: many small clients take a third of the time
+        if self.flying > IN_FLIGHT * len(self.clients):
+            self.clients.append(self.make())
+        self.turn += 1
         try:
-            return await request(next(self.clients))
+            return await request(self.clients[self.turn % len(self.clients)])
         except (self.openai.AuthenticationError, self.openai.PermissionDeniedError, self.openai.NotFoundError) as error:
             raise ServiceDown(f"the server refused us: {error}. Fix: check key, model and endpoint") from error
         except self.openai.RateLimitError as error:
@@ -129,6 +133,8 @@ class Endpoint:
             raise self.down(error) from error
         except ValueError as error:  # HTML or broken JSON with status 200
             raise Refused(f"the reply cannot be read: {error}") from error
+        finally:
+            self.flying -= 1
 
     def reply(self, choice, model: str) -> Reply:
         text = choice.message.content

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from llava.records import Record, RecordError, parse_json, read_records
+from llava.records import Record, RecordError, check_record, parse_json, read_records
 
 RECENT = 1 << 16  # ids kept as Python objects before they join the sorted array
 
@@ -72,19 +72,20 @@ class RecordIndex:
     """Where the record of each id lies among JSON-lines files; 28 bytes a record.
 
     Args:
-        paths: files of records with `id`, one a line; a torn last line is passed over.
+        paths: files of records with `id`, one a line.
+        whole: the files are finished; else a last line without its newline is one being written, and passed over.
 
     Raises:
         RecordError: an id occurs twice.
     """
 
-    def __init__(self, paths: list[Path]):
+    def __init__(self, paths: list[Path], whole: bool = False):
         import numpy as np
 
         self.paths, rows = paths, []
         for file, path in enumerate(paths):
             found = np.fromiter(
-                ((number_of(identifier), file, offset) for identifier, offset in id_lines(path)), self.layout()
+                ((number_of(identifier), file, offset) for identifier, offset in id_lines(path, whole)), self.layout()
             )
             rows.append(found)
         self.rows = np.concatenate(rows) if rows else np.empty(0, self.layout())
@@ -120,7 +121,8 @@ class RecordIndex:
         if place == len(self.numbers) or int(self.numbers[place]) != number:
             return None
         handle.seek(int(self.rows["offset"][place]))
-        return parse_json(handle.readline(), handle.name)
+        where = f"{handle.name} at byte {handle.tell()}"
+        return check_record(parse_json(handle.readline(), where), where)
 
     def lines(self, ids: Iterable[str], files: set[Path]) -> Iterator[str]:
         """The lines, as they are, of those of `ids` that lie in `files`, in the order of `ids`."""
@@ -140,11 +142,14 @@ class RecordIndex:
                 handle.close()
 
 
-def id_lines(path: Path) -> Iterator[tuple[str, int]]:
-    """(id, offset) of every whole line."""
+def id_lines(path: Path, whole: bool = False) -> Iterator[tuple[str, int]]:
+    """(id, offset) of every line; of a file that is not `whole`, without a last line that has no newline."""
     with path.open("rb") as file:
         offset = 0
         for line in file:
-            if line.endswith(b"\n") and line.strip():
-                yield parse_json(line, f"{path} at byte {offset}")["id"], offset
+            if line.strip() and (whole or line.endswith(b"\n")):
+                row = parse_json(line, f"{path} at byte {offset}")
+                if not isinstance(row, dict) or "id" not in row:
+                    raise RecordError(f"{path} at byte {offset}: the record has no id. Fix: give it one")
+                yield str(row["id"]), offset
             offset += len(line)

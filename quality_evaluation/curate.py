@@ -60,6 +60,8 @@ def parse() -> argparse.Namespace:
         arguments.thresholds = [float(part) for part in arguments.threshold.split(",")]
     except ValueError:
         raise UserError(f"--threshold is {arguments.threshold!r}; give a number, or several with commas") from None
+    if len(set(arguments.thresholds)) < len(arguments.thresholds):
+        raise UserError(f"--threshold {arguments.threshold} names a threshold twice")
     twice = [path for path in arguments.candidates if arguments.candidates.count(path) > 1]
     if twice:
         raise UserError(f"{twice[0]} is given twice; its candidates would agree with themselves. Fix: name it once")

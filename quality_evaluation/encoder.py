@@ -10,7 +10,9 @@ The paper used NV-Embed-v2 (CC-BY-NC-4.0, and its code wants an older transforme
 
 import itertools
 import math
+import os
 import re
+import time
 from collections import Counter
 from functools import lru_cache
 from hashlib import blake2b
@@ -20,6 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from llava.errors import UserError
+from llava.records import write_atomically
 from quality_evaluation.consistency import unit
 
 WIDTH = 4096
@@ -138,14 +141,15 @@ class ServedEncoder:
 class CachedEncoder:
     """Keeps what another encoder gave in a folder, by content: a text is encoded once, in this run and the next.
 
-    Ranks write a file each and read all of them, so that each may encode its share beforehand.
+    Every process writes a file of its own and reads all of them, so that ranks may encode their shares beforehand, and
+    runs may share a folder.
     """
 
     def __init__(self, inner: Encoder, folder: Path, rank: int = 0):
         self.inner, self.name = inner, inner.name
         self.folder = folder / blake2b(inner.name.encode(), digest_size=8).hexdigest()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.own = f"rank{rank:05d}"
+        self.own = f"rank{rank:05d}-{os.uname().nodename}-{os.getpid()}-{time.time_ns()}"
         self.places: dict[bytes, tuple[str, int]] = {}  # text -> (file, row)
         self.width = 0
         self.read_all()
@@ -162,25 +166,23 @@ class CachedEncoder:
             rows = min(len(data) // 16, vectors.stat().st_size // (4 * self.width))
             for row in range(rows):
                 self.places.setdefault(data[16 * row : 16 * row + 16], (keys.stem, row))
-            if keys.stem == self.own:
-                for path, size in ((keys, 16), (vectors, 4 * self.width)):
-                    with path.open("rb+") as file:
-                        file.truncate(rows * size)
 
     def encode(self, texts: list[str]) -> np.ndarray:
         keys = [key_of(text) for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.places}
         if missing:
             self.keep(list(missing), self.inner.encode(list(missing.values())))
-        files = {
-            name: np.memmap(self.folder / f"{name}.vectors", np.float32, "r").reshape(-1, self.width)
-            for name in {self.places[key][0] for key in keys}
-        }
+        files = {}
+        for name in {self.places[key][0] for key in keys}:
+            path = self.folder / f"{name}.vectors"
+            rows = path.stat().st_size // (4 * self.width)  # a torn last row is left out
+            files[name] = np.memmap(path, np.float32, "r", shape=(rows, self.width))
         return np.stack([files[file][row] for file, row in (self.places[key] for key in keys)])
 
     def keep(self, keys: list[bytes], vectors: np.ndarray) -> None:
         self.width = vectors.shape[1]
-        (self.folder / "width").write_text(str(self.width))
+        if not (self.folder / "width").is_file():
+            write_atomically(self.folder / "width", [str(self.width)])
         path = self.folder / f"{self.own}.vectors"
         row = path.stat().st_size // (4 * self.width) if path.is_file() else 0
         with path.open("ab") as file:
@@ -209,6 +211,8 @@ def open_encoder(
     if name == "hashing":
         return HashingEncoder()
     if name.startswith(("http://", "https://")):
+        if max_tokens:
+            raise UserError("--max_tokens is for a folder; a server cuts texts as it was started. Fix: drop it")
         inner: Encoder = ServedEncoder(name, model, PRESETS.get(preset, ""))
     elif Path(name).is_dir():
         inner = SentenceEncoder(name, PRESETS.get(preset, ""), max_tokens)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from llava.errors import UserError
 from llava.ids import number_of
-from llava.prompts import DESCRIBE_STEPS, final_answer, final_description, with_image
+from llava.prompts import final_answer, final_description, parse_steps, with_image
 from llava.records import Record, images_of, question_of, rejection
 from llava.runs import rank, world_size
 from llava.seeds import seed_of
@@ -42,17 +42,17 @@ def judge(record: Record, scores: np.ndarray, threshold: float, seed: int, matri
     return {**record, "candidates": candidates, "decision": decision}
 
 
-def training_record(record: Record, multi_turn: bool = False) -> Record:
+def training_record(record: Record, multi_turn: str | None = None) -> Record:
     """The SFT record of a judged one: what the winning candidate was asked, and the whole of what it said.
 
-    With `multi_turn` a caption in steps is followed by a second turn, the request without steps and the final
+    `multi_turn`, the kind: a caption in steps is followed by a second turn, the request without steps and the final
     description; a response in steps by its answer.
     """
     winner = record["candidates"][record["decision"]["chosen"]]
     asked, said = asked_of(record, winner), winner["text"]
     turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
     if multi_turn:
-        turns += second_turn(asked, said)
+        turns += second_turn(said, multi_turn)
     return {
         "id": record["id"],
         **{key: record[key] for key in ("image",) if key in record},
@@ -61,10 +61,10 @@ def training_record(record: Record, multi_turn: bool = False) -> Record:
     }
 
 
-def second_turn(asked: str, said: str) -> list[dict[str, str]]:
-    """The question once more, answered directly; nothing where that is what was said."""
-    direct = final_description(said) if DESCRIBE_STEPS in asked else final_answer(said)
-    if not direct or direct == said.strip():
+def second_turn(said: str, kind: str) -> list[dict[str, str]]:
+    """The question once more, answered directly; nothing where no steps were said."""
+    direct = final_description(said) if kind == "caption" else final_answer(said)
+    if not parse_steps(said) or not direct:
         return []
     return [{"from": "human", "value": DIRECTLY}, {"from": "gpt", "value": direct}]
 
@@ -150,8 +150,8 @@ def curate(arguments: argparse.Namespace, folder: Path) -> dict[str, int]:
     encoder = None if arguments.score == "vote" else make_encoder(arguments, folder, rank())
     counts = dict.fromkeys(("in", "kept", "below_threshold", "rejected", "pairs", "left_out_candidates"), 0)
     names = ["scored", "chosen", "preference", "curated.rejected"]
-    extra = {threshold: f"chosen_{threshold:.2f}" for threshold in arguments.thresholds[1:]}
-    counts |= {f"kept_at_{threshold:.2f}": 0 for threshold in extra}
+    extra = {threshold: f"chosen_{threshold:g}" for threshold in arguments.thresholds[1:]}
+    counts |= {f"kept_at_{threshold:g}": 0 for threshold in extra}
     with Outputs(folder, [*names, *extra.values()]) as out, tqdm(desc=f"score {arguments.kind}", unit="record") as bar:
 
         def enough() -> Iterator[Record]:
@@ -176,7 +176,7 @@ def curate(arguments: argparse.Namespace, folder: Path) -> dict[str, int]:
                 if decision["kept"]:
                     reached.append("chosen")
                 if reached:
-                    out.write(training_record(record, arguments.multi_turn), *reached)
+                    out.write(training_record(record, arguments.kind if arguments.multi_turn else None), *reached)
                 if decision["kept"] and decision["rejected"] is not None:
                     counts["pairs"] += 1
                     out.write(preference_record(record), "preference")

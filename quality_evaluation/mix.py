@@ -11,6 +11,7 @@ writes  mixed.jsonl (shuffled; where each record came from in `mixed_from`), run
 """
 
 import argparse
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from llava.errors import UserError, run_command
 from llava.ids import IdSet, RecordIndex, id_lines, read_unique
 from llava.images import find_image
-from llava.records import Record, check_for_training, images_of, write_records
+from llava.records import Record, check_for_training, check_record, images_of, parse_json, write_records
 from llava.runs import open_run
 from llava.seeds import seed_of
 
@@ -53,9 +54,10 @@ def shares(amounts: list[str], available: list[int]) -> list[int]:
         for amount, have in zip(amounts, available, strict=True)
     ]
     parts = [float(amount[:-1]) / 100 if "%" in amount else 0.0 for amount in amounts]
-    if sum(parts) >= 1 and (sum(counts) or sum(parts) > 1):
+    whole = math.isclose(sum(parts), 1)
+    if (whole and sum(counts)) or (sum(parts) > 1 and not whole):
         raise UserError(f"the shares make {sum(parts):.0%} of the mixture and leave nothing for the other files")
-    if sum(parts) == 1:  # shares alone: the largest mixture that the files can fill
+    if whole:  # shares alone: the largest mixture that the files can fill
         total = min(int(have / part) for have, part in zip(available, parts, strict=True) if part)
     else:
         total = sum(counts) / (1 - sum(parts))
@@ -63,6 +65,8 @@ def shares(amounts: list[str], available: list[int]) -> list[int]:
     for number, (count, have) in enumerate(zip(counts, available, strict=True)):
         if count > have:
             raise UserError(f"file {number + 1} has {have:,} records, {count:,} are wanted. Fix: ask for fewer")
+    if not sum(counts):
+        raise UserError("the mixture would be empty. Fix: ask for more records")
     return counts
 
 
@@ -82,8 +86,8 @@ class Lines:
     def __init__(self, path: str):
         self.path = path
         if Path(path).suffix == ".jsonl":
-            RecordIndex([Path(path)])  # ids occur once
-            self.offsets, self.records = [offset for _, offset in id_lines(Path(path))], None
+            RecordIndex([Path(path)], whole=True)  # ids occur once
+            self.offsets, self.records = [offset for _, offset in id_lines(Path(path), whole=True)], None
             self.handle = open(path, "rb")  # noqa: SIM115 (as long as the process)
         else:
             self.records = list(read_unique(path))
@@ -94,10 +98,9 @@ class Lines:
     def __getitem__(self, number: int) -> Record:
         if self.records is not None:
             return self.records[number]
-        from llava.records import parse_json
-
         self.handle.seek(self.offsets[number])
-        return parse_json(self.handle.readline(), f"{self.path} record {number + 1}")
+        where = f"{self.path} record {number + 1}"
+        return check_record(parse_json(self.handle.readline(), where), where)
 
 
 def mixed(files: list[Lines], chosen: list[tuple[int, int]], folder: str | None):

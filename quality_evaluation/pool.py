@@ -16,7 +16,7 @@ class CandidateFile:
 
     def __init__(self, path: str):
         self.path = path
-        self.index = RecordIndex([Path(path)]) if Path(path).suffix == ".jsonl" else None
+        self.index = RecordIndex([Path(path)], whole=True) if Path(path).suffix == ".jsonl" else None
         self.records = {} if self.index else {record["id"]: record for record in read_unique(path)}
         self.handle = open(path, "rb") if self.index else None  # noqa: SIM115 (closed by `close`)
 

@@ -15,7 +15,12 @@ if [[ -n "${MODEL_PATH:-}" ]]; then require_path MODEL_PATH; fi
 array_rank
 if [[ -n "${SPLIT:-}" ]]; then DATA_PATH=${DATA_PATH}_${SPLIT}.json; fi
 PROMPT=${PROMPT:-cot-default} # of cot-default and default, comma-separated
-if [[ -n "${ENDPOINT:-}" ]]; then BATCH_SIZE=${BATCH_SIZE:-256}; fi # requests wait for a server, not for memory
+if [[ -n "${ENDPOINT:-}" ]]; then # one process asks the server, as often as it may
+    NPROC_PER_NODE=1
+    BATCH_SIZE=${BATCH_SIZE:-64}
+else
+    BATCH_SIZE=${BATCH_SIZE:-8}
+fi
 TEMPERATURE=${TEMPERATURE:-0.7}
 BEAMS=${BEAMS:-1}
 TOP_P=${TOP_P:-0.9}
@@ -33,7 +38,7 @@ launch llava.generate.reason \
     --top_p "$TOP_P" \
     --max_new_tokens "${MAX_NEW_TOKENS:-1200}" \
     --augment "${AUGMENT_METHODS:-}" \
-    --batch_size "${BATCH_SIZE:-8}" \
+    --batch_size "$BATCH_SIZE" \
     --round "${ROUND:-1}" \
     --seed "${SEED:-0}" \
     --output_dir "${OUTPUT_DIR:-runs/$name}" \

@@ -13,7 +13,12 @@ if [[ -z "${ENDPOINT:-}" ]]; then : "${MODEL_PATH:?the warmed-up checkpoint fold
 if [[ -n "${MODEL_PATH:-}" ]]; then require_path MODEL_PATH; fi
 array_rank
 PROMPT=${PROMPT:-cod-default} # of cod-default, cod-conv and default, comma-separated
-if [[ -n "${ENDPOINT:-}" ]]; then BATCH_SIZE=${BATCH_SIZE:-256}; fi # requests wait for a server, not for memory
+if [[ -n "${ENDPOINT:-}" ]]; then # one process asks the server, as often as it may
+    NPROC_PER_NODE=1
+    BATCH_SIZE=${BATCH_SIZE:-64}
+else
+    BATCH_SIZE=${BATCH_SIZE:-8}
+fi
 TEMPERATURE=${TEMPERATURE:-0.7}
 BEAMS=${BEAMS:-1}
 TOP_P=${TOP_P:-0.9}
@@ -30,7 +35,7 @@ launch llava.generate.recaption \
     --num_beams "$BEAMS" \
     --top_p "$TOP_P" \
     --max_new_tokens "${MAX_NEW_TOKENS:-1200}" \
-    --batch_size "${BATCH_SIZE:-8}" \
+    --batch_size "$BATCH_SIZE" \
     --round "${ROUND:-1}" \
     --seed "${SEED:-0}" \
     --output_dir "${OUTPUT_DIR:-runs/$name}" \

@@ -195,6 +195,25 @@ def test_names_that_published_scripts_read_by_mistake_are_accepted_with_a_note(w
     assert "note: FINETUNE_RANK_BATCH is used as FINETUNE_BATCH" in result.stderr
 
 
+def test_tasks_of_a_slurm_array_are_ranks_without_torchrun(world, checkpoint, tmp_path):
+    given = {"MODEL_PATH": checkpoint, "DATA_PATH": world / "unlabelled_images.json", "OUTPUT_DIR": tmp_path / "out"}
+    given |= {"DRY_RUN": "print", "DEEPSPEED_CONFIG": "training_scripts/zero2.json", "SLURM_ARRAY_TASK_MIN": 1}
+    given |= {"SLURM_ARRAY_TASK_COUNT": 3, "SLURM_ARRAY_TASK_STEP": 2, "SLURM_ARRAY_TASK_ID": 5}
+    script = "recap_scripts/recap_inference.sh"
+    assert "torch.distributed.run" not in bash(script, **given).stdout
+    refused = bash(script, expect=2, **{**given, "SLURM_ARRAY_TASK_ID": 9})
+    assert "Fix: --array=0-2" in refused.stderr
+
+
+def test_a_dry_run_knows_the_processes_of_distributed_args(world, checkpoint, tmp_path):
+    given = {"EXPERIMENT_NAME": "x", "PREV_STAGE_CHECKPOINT": checkpoint, "DATA_PATH": world / "instructions.json"}
+    arguments = "--nnodes 2 --nproc-per-node 8 --node-rank 1 --master-addr 10.0.0.1"
+    out = bash(
+        "training_scripts/uhdv1-finetune-qwen-stage2-sft.sh", DRY_RUN="1", DISTRIBUTED_ARGS=arguments, OUTPUT_DIR=tmp_path / "o", **given
+    ).stdout  # fmt: skip
+    assert "16 processes" in out
+
+
 def test_dry_run_says_where_each_variable_came_from(world, checkpoint, tmp_path):
     given = {"EXPERIMENT_NAME": "x", "PREV_STAGE_CHECKPOINT": checkpoint, "DATA_PATH": world / "instructions.json"}
     given |= {

@@ -15,11 +15,13 @@ if [[ -z "${PYTHON:-}" ]]; then
     if [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then PYTHON=python; elif [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 fi
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || gpus=0
-if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then # empty: none
-    gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .) || gpus=0
+if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then # empty or -1: none
+    gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]') || gpus=0
 fi
 NNODES=${NNODES:-${SLURM_NNODES:-1}}
 if [[ "${DISTRIBUTED_ARGS:-}" =~ --node[-_]rank[=\ ]([0-9]+) ]]; then NODE_RANK=${BASH_REMATCH[1]}; fi
+if [[ "${DISTRIBUTED_ARGS:-}" =~ --nnodes[=\ ]([0-9]+) ]]; then NNODES=${BASH_REMATCH[1]}; fi
+if [[ "${DISTRIBUTED_ARGS:-}" =~ --nproc[-_]per[-_]node[=\ ]([0-9]+) ]]; then NPROC_PER_NODE=${BASH_REMATCH[1]}; fi
 NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 # DeepSpeed ZeRO-2 where there is a GPU and DeepSpeed; DEEPSPEED_CONFIG names another file, or `none`.
@@ -128,9 +130,15 @@ require_path() {
 # Generation in a SLURM array (--array=0-15): every task is a rank, without torchrun; task 0 merges.
 array_rank() {
     if [[ -n "${SLURM_ARRAY_TASK_COUNT:-}" ]]; then
-        export RANK=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN)) WORLD_SIZE=$SLURM_ARRAY_TASK_COUNT
+        export WORLD_SIZE=$SLURM_ARRAY_TASK_COUNT
+        export RANK=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
+        if ((RANK >= WORLD_SIZE)); then
+            echo "error: array task $SLURM_ARRAY_TASK_ID is not one of $WORLD_SIZE in a row. Fix: --array=0-$((WORLD_SIZE - 1))" >&2
+            exit 2
+        fi
         NNODES=1 NPROC_PER_NODE=1
     fi
+    engine=() # generation never uses DeepSpeed
 }
 
 # Wait for a folder that node 0 writes: wait_for FOLDER.

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from llava.errors import UserError
 from llava.generate.candidates import Sampling
 
 LEADING = 1024  # likeliest tokens that are looked at before the whole vocabulary is sorted
@@ -23,10 +24,13 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         return logits.argmax(-1)
     scaled = logits.float() / sampling.temperature
     total = scaled.logsumexp(-1, keepdim=True)
+    if not bool(torch.isfinite(total).all()):
+        raise UserError("the model's logits are no finite numbers. Fix: check the checkpoint")
     likeliest, tokens = leading(scaled, total, sampling)
     probabilities = (likeliest - total).exp()
-    if sampling.top_k:
+    if sampling.top_k:  # what is left counts as the whole for top-p, as in transformers
         probabilities[:, sampling.top_k :] = 0
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)  # the first token always stays
     cumulative = probabilities.cumsum(-1)

@@ -53,6 +53,8 @@ def run(flags: argparse.Namespace, stage: str, kind: str, styles: tuple[str, ...
         raise UserError("--endpoint needs --model: the name under which the server knows its model")
     if flags.adaptive is not None and not 0 < flags.adaptive <= 1:
         raise UserError(f"--adaptive is {flags.adaptive}; it is a mean cosine, above 0 and up to 1")
+    if flags.adaptive is not None and flags.num_beams > 1:
+        raise UserError("--adaptive draws one candidate after the other, beams come together. Fix: BEAMS=1")
     wanted = wanted_candidates(flags.prompt, flags.n_candidates, (*styles, *templates))
     from llava.generate.candidates import Sampling
     from llava.generate.job import Job, preflight, run_job

@@ -172,21 +172,18 @@ def run_job(job: Job, stage: str) -> None:
 def generate_shard(job: Job, shards: Path) -> None:
     """Work through this rank's records that no shard holds yet."""
     done = IdSet(identifier for path in shards.glob("shard-*.jsonl") for identifier, _ in id_lines(path))
-    total = sum(1 for number, _ in enumerate(read_unique(job.data_path)) if number % world_size() == rank())
-    mine = (record for number, record in enumerate(read_unique(job.data_path)) if number % world_size() == rank())
-    todo = (record for record in mine if record["id"] not in done)
-    first = next(todo, None)
-    if first is None:
+
+    def todo() -> Iterator[Record]:
+        for number, record in enumerate(read_unique(job.data_path)):
+            if number % world_size() == rank() and record["id"] not in done:
+                yield record
+
+    left = sum(1 for _ in todo())
+    if not left:
         return
-
-    def records() -> Iterator[Record]:
-        yield first
-        yield from todo
-
     path = shards / f"shard-{rank():05d}.jsonl"
     tokens, start = 0, time.time()
     title = ", ".join(f"{style} x{count}" for style, count in job.styles.items())
-    left = min(total, sum(1 for _ in read_unique(job.data_path)) - len(done))
     bar = tqdm(total=left, desc=title, unit="record", disable=rank() != 0)
     with RecordAppender(path) as finished, RecordAppender(rejected_path(path)) as rejected, bar:
 
@@ -201,7 +198,7 @@ def generate_shard(job: Job, shards: Path) -> None:
             bar.set_postfix_str(f"{tokens / (time.time() - start):,.0f} tokens/s", refresh=False)
             bar.update(1)
 
-        items = prepared(job, records(), reject)
+        items = prepared(job, todo(), reject)
         if job.endpoint:
             from llava.generate.served import ask_all
 
@@ -252,7 +249,8 @@ def prepare(job: Job, record: Record) -> Item:
     if not names:
         raise RecordError(f"record {record['id']!r} has no image")
     files = [find_image(job.images, name) for name in names]
-    images, corruption = [load_image(file) for file in files], None
+    served_as_they_are = job.endpoint and not job.corruptions  # the server gets the files' own bytes
+    images, corruption = [] if served_as_they_are else [load_image(file) for file in files], None
     if job.corruptions:
         corruption, images = corrupt(images, job.corruptions, seed_of(job.seed, record["id"], "corruption"))
     instructions = [job.instruction(style, record) for style in job.styles]
@@ -261,7 +259,7 @@ def prepare(job: Job, record: Record) -> Item:
         for message, (style, count) in enumerate(job.styles.items())
         for sample in range(count)
     ]
-    messages = [with_image(instruction, len(images)) for instruction in instructions]
+    messages = [with_image(instruction, len(files)) for instruction in instructions]
     order = [draw for _, draw in sorted(numbered, key=lambda pair: pair[0])]
     return Item(
         record, Prompt(images, messages, [draw for _, draw in numbered]), order, instructions, corruption, files

@@ -122,8 +122,11 @@ def shared_prefix(
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, beyond: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention and the log of its denominator: (..., queries, D) and (..., queries), float32."""
-    scores = (query @ keys.transpose(-1, -2)).float() * scaling
+    """Softmax attention and the log of its denominator: (..., queries, D) and (..., queries), float32.
+
+    Scores are made in float32: Qwen2's biases make some so large that bfloat16 would round differences away.
+    """
+    scores = query.float() @ keys.float().transpose(-1, -2) * scaling
     scores = scores.masked_fill(beyond, -torch.inf)
     weight = scores.logsumexp(-1)
     return (scores - weight[..., None]).exp().to(values.dtype) @ values, weight

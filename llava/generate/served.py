@@ -9,6 +9,7 @@ from llava.errors import UserError
 from llava.generate.candidates import Draw
 from llava.generate.job import Finished, Item, Job, first_draws, further_draws
 from llava.records import Record
+from llava.runs import world_size
 
 
 def ask_all(
@@ -32,7 +33,9 @@ class Server:
     """The endpoint, and whether it gives several replies to a request."""
 
     def __init__(self, job: Job):
-        self.job, self.endpoint = job, Endpoint(job.endpoint, job.model, requests_per_minute=job.requests_per_minute)
+        pace = job.requests_per_minute / world_size() if job.requests_per_minute else None
+        # a request may wait long in a busy server's queue
+        self.job, self.endpoint = job, Endpoint(job.endpoint, job.model, timeout=1800, requests_per_minute=pace)
         sampling = job.sampling
         self.settings: dict[str, Any] = {
             "temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens,
@@ -67,9 +70,10 @@ class Server:
         if len(draws) > 1 and self.several:
             try:
                 replies = await self.endpoint.ask(messages, n=len(draws), seed=draws[0].seed, **self.settings)
-            except Refused:
-                replies = []
-            self.several = len(replies) == len(draws)
+                self.several = len(replies) == len(draws)
+            except Refused:  # because of `n`, or of this image: one reply alone will tell
+                replies = await self.endpoint.ask(messages, seed=draws[0].seed, **self.settings)
+                self.several = False
         singly = [self.endpoint.ask(messages, seed=draw.seed, **self.settings) for draw in draws[len(replies) :]]
         replies += [reply for one in await asyncio.gather(*singly) for reply in one]
         return [(draw, self.fields(reply)) for draw, reply in zip(draws, replies, strict=True)]

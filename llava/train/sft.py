@@ -157,6 +157,8 @@ def check_engine(model_arguments: ModelArguments, training_arguments) -> None:
         )
     if model_arguments.lora_rank and training_arguments.deepspeed and training_arguments.hf_deepspeed_config.is_zero3():
         raise UserError("--lora_rank cannot be merged under ZeRO-3. Fix: DEEPSPEED_CONFIG=training_scripts/zero2.json")
+    if model_arguments.lora_rank and training_arguments.fsdp:
+        raise UserError("--lora_rank does not go with --fsdp. Fix: DEEPSPEED_CONFIG=training_scripts/zero2.json")
     if model_arguments.four_bit and not model_arguments.lora_rank:
         raise UserError(
             "--four_bit alone has nothing to train: 4-bit weights stay as they are. Fix: add --lora_rank 16"

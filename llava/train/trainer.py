@@ -126,6 +126,8 @@ class Guard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         seen, self.seen = self.seen, []
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if args.fp16:  # its loss scale is found by gradients that overflow, and those steps are left out
+            gradients = []
         norms = torch.stack(torch._foreach_norm(gradients)).sum() if gradients else torch.zeros(())
         losses = torch.stack([loss for _, loss in seen])
         if bool(torch.isfinite(losses).all() & torch.isfinite(norms).to(losses.device)):

@@ -253,3 +253,11 @@ def test_a_real_server_answers_as_the_checkpoint(checkpoint, job, tmp_path):
     assert [[c["text"] for c in row["candidates"]] for row in output(asked)] == [
         [c["text"] for c in row["candidates"]] for row in output(greedy)
     ]
+
+
+def test_adaptive_with_beams_is_refused(job):
+    command = [sys.executable, "-m", "llava.generate.recaption", "--model_name_or_path", "x", "--data_path", "y"]
+    command += ["--output_dir", "z", "--adaptive", "0.9", "--num_beams", "3"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert "Fix: BEAMS=1" in result.stderr

@@ -164,3 +164,17 @@ def test_corrupted_images_are_what_the_server_sees(job):
 def test_beams_are_refused(job):
     with pytest.raises(UserError, match="no beam search"):
         run(job, echo, sampling=Sampling(num_beams=2))
+
+
+def test_one_refused_image_does_not_make_the_others_dear(job):
+    records = json.loads(Path(job.data_path).read_text())
+    image = base64.b64encode(Path(job.images, records[0]["image"]).read_bytes()).decode()
+
+    def answer(number, body):
+        if body["messages"][0]["content"][0]["image_url"]["url"].endswith(image):
+            return 400, {"error": {"message": "unsafe image"}}, {}
+        return echo(number, body)
+
+    rows, server = run(job, answer, batch_size=1)
+    assert len(rows) == len(records) - 1
+    assert len(server.requests) <= 2 * len(rows) + 4  # `n` is still used

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llava.errors import run_command
+from tests.gpu import generation
 from tests.gpu.training import ROWS, main
 
 
@@ -26,6 +27,21 @@ def test_tiny_run_fills_the_table(tmp_path):
         else:
             assert row["samples/s"] > 0
             assert row["x padded"] > 0
+
+
+@pytest.mark.slow
+def test_tiny_generation_fills_the_table(tmp_path):
+    output = tmp_path / "table.json"
+    command = [sys.executable, "-m", "tests.gpu.generation", "--tiny", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(output.read_text())
+    assert said["greedy tokens"] == "32 of 32 equal before a tie, 4 different answers of 4"
+    assert len(said["rows"]) == len(generation.ROWS)
+    for row in said["rows"]:
+        assert row["tokens"] > 0
+        assert row["x one by one"] > 0
+        assert row["x batched"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

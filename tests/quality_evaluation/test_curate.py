@@ -380,9 +380,9 @@ def test_several_thresholds_come_from_one_pass(run, tmp_path):
     best = {identifier: row["decision"]["score"] for identifier, row in curated.scored.items()}
     assert set(curated.chosen) == {identifier for identifier, score in best.items() if score >= 0.4}
     for threshold in (0.6, 0.99):
-        rows = {row["id"] for row in read_jsonl(tmp_path / "out" / f"chosen_{threshold:.2f}.jsonl")}
+        rows = {row["id"] for row in read_jsonl(tmp_path / "out" / f"chosen_{threshold:g}.jsonl")}
         assert rows == {identifier for identifier, score in best.items() if score >= threshold}
-        assert curated.run["counts"][f"kept_at_{threshold:.2f}"] == len(rows)
+        assert curated.run["counts"][f"kept_at_{threshold:g}"] == len(rows)
     assert curated.run["arguments"]["threshold"] == [0.4, 0.6, 0.99]
 
 
@@ -468,3 +468,30 @@ def test_memory_does_not_grow_with_the_records(tmp_path, count):
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) < 450
     assert json.loads((tmp_path / "out" / "run.json").read_text())["counts"]["kept"] == count
+
+
+def test_candidates_by_hand_lose_nothing(tmp_path):
+    """A last line without its newline, and numbers as ids."""
+    from quality_evaluation.pool import pool
+
+    rows = [{**record("x", CIRCLE, NEAR), "id": number} for number in range(3)]
+    (tmp_path / "hand.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [found["id"] for found, _ in pool([str(tmp_path / "hand.jsonl")])] == ["0", "1", "2"]
+
+
+def test_a_second_turn_follows_the_kind_and_only_steps(run):
+    from llava.prompts import COD_HEADINGS, render_steps
+
+    own = {
+        "text": render_steps(COD_HEADINGS, ["a", "b", "c", "MARGINAL", CIRCLE]),
+        "instruction": "In five steps, please.",
+    }
+    plain = {"text": "A red circle.\n\nA dog.\n\nThe sky is grey.", "instruction": "Describe it."}
+    curated = run([record("1", own, own), record("2", plain, plain)], more=("--multi_turn",))
+    assert curated.chosen["1"]["conversations"][-1]["value"] == CIRCLE
+    assert len(curated.chosen["2"]["conversations"]) == 2
+
+
+def test_a_threshold_twice_is_refused(run):
+    with pytest.raises(UserError, match="names a threshold twice"):
+        run([record("1", CIRCLE, NEAR)], threshold="0.8,0.8")

@@ -78,3 +78,16 @@ def test_shares_by_hand():
 def test_what_cannot_be_mixed_is_named(run, parts, message):
     with pytest.raises((UserError, OSError), match=message):
         run(*parts)
+
+
+@pytest.mark.parametrize("amounts", [["60%", "30%", "10%"], ["70%", "20%", "10%"], ["40%", "30%", "20%", "10%"]])
+def test_shares_that_make_the_whole_fill_it(amounts):
+    counts = mix.shares(amounts, [1000] * len(amounts))
+    assert counts == [round(1000 / float(amounts[0][:-1]) * float(amount[:-1])) for amount in amounts]
+
+
+def test_files_by_hand_lose_nothing(run, tmp_path):
+    """A last line without its newline, and numbers as ids."""
+    rows = [{**record, "id": n} for n, record in enumerate(records("hand", 3))]
+    (tmp_path / "hand.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert sorted(row["id"] for row in run("hand.jsonl")) == ["0", "1", "2"]

@@ -70,8 +70,7 @@ class Endpoint:
         self.make = lambda: openai.AsyncOpenAI(
             base_url=base_url, api_key=key or "none", max_retries=MAX_RETRIES, timeout=timeout
         )
-        self.clients = [self.make()]
-        self.flying = self.turn = 0
+        self.idle: list[Any] = []  # clients with room for another request, as often as they have room
         self.interval = 60 / requests_per_minute if requests_per_minute else 0.0
         self.next_start = 0.0
 
@@ -110,13 +109,11 @@ class Endpoint:
     async def send(self, request: Callable[[Any], Awaitable[Any]]) -> Any:
         """One request through one of the clients, its failure told apart."""
         await self.pace()
-        self.flying += 1
-        # httpx looks through all connections of a client at every request: many small clients take a third of the time
-        if self.flying > IN_FLIGHT * len(self.clients):
-            self.clients.append(self.make())
-        self.turn += 1
+        if not self.idle:  # httpx looks through all connections of a client at every request: many small ones are quicker
+            self.idle = [self.make()] * IN_FLIGHT
+        client = self.idle.pop()
         try:
-            return await request(self.clients[self.turn % len(self.clients)])
+            return await request(client)
         except (self.openai.AuthenticationError, self.openai.PermissionDeniedError, self.openai.NotFoundError) as error:
             raise ServiceDown(f"the server refused us: {error}. Fix: check key, model and endpoint") from error
         except self.openai.RateLimitError as error:
@@ -134,7 +131,7 @@ class Endpoint:
         except ValueError as error:  # HTML or broken JSON with status 200
             raise Refused(f"the reply cannot be read: {error}") from error
         finally:
-            self.flying -= 1
+            self.idle.append(client)
 
     def reply(self, choice, model: str) -> Reply:
         text = choice.message.content

@@ -109,7 +109,8 @@ class Endpoint:
     async def send(self, request: Callable[[Any], Awaitable[Any]]) -> Any:
         """One request through one of the clients, its failure told apart."""
         await self.pace()
-        if not self.idle:  # httpx looks through all connections of a client at every request: many small ones are quicker
+        # httpx looks through all connections of a client at every request: many small ones are quicker
+        if not self.idle:
             self.idle = [self.make()] * IN_FLIGHT
         client = self.idle.pop()
         try:

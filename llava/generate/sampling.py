@@ -91,7 +91,12 @@ def beam_search(model, processor, prompt: Prompt, sampling: Sampling) -> Finishe
             pad_token_id=processor.tokenizer.pad_token_id,
             suppress_tokens=[processor.image_token_id],
         )  # fmt: skip
-        sequences = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+        own = model.generation_config
+        model.generation_config = GenerationConfig()  # its own would fill in what is not stated
+        try:
+            sequences = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+        finally:
+            model.generation_config = own
         ends = end_tokens(processor)
         for draw, ids in zip(draws, sequences.tolist(), strict=True):
             length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from llava.errors import UserError
 from llava.generate.candidates import Draw, Prompt, Sampling
@@ -102,6 +103,10 @@ def test_the_checkpoints_own_generation_settings_are_not_inherited(model, proces
     before = complete(model, processor, prompts[:2], sampling)
     model.generation_config.update(top_k=1, repetition_penalty=5.0, temperature=9.0, do_sample=True)
     assert complete(model, processor, prompts[:2], sampling) == before
+    beams = Sampling(temperature=0, num_beams=3, max_new_tokens=8)
+    changed = complete(model, processor, prompts[:2], beams)
+    model.generation_config = GenerationConfig()
+    assert complete(model, processor, prompts[:2], beams) == changed
 
 
 def test_beams_see_their_own_images(model, processor, prompts):

@@ -26,7 +26,7 @@ from llava.records import write_atomically
 from quality_evaluation.consistency import unit
 
 WIDTH = 4096
-TOKENS = {"cuda": 16_384, "cpu": 1024}  # of a batch, padding included: what a device's caches like
+TOKENS = {"cuda": 16_384, "cpu": 512}  # of a batch, padding included: what a device's caches like
 PRESETS = {"nv-embed-v2": "</s>"}  # what is put at the end of each text
 
 

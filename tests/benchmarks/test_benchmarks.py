@@ -3,6 +3,7 @@
 import pytest
 
 from tests.benchmarks.client import bench_client
+from tests.benchmarks.curation import bench_encoding, bench_scoring
 from tests.benchmarks.generation import bench_generation
 from tests.benchmarks.model import bench_encoder, bench_pixels, bench_resampler
 from tests.benchmarks.training import bench_memory, bench_step, bench_trainers
@@ -37,3 +38,9 @@ def test_six_candidates_an_image_are_five_times_as_fast_as_by_generate():
 
 def test_the_client_is_twenty_times_as_fast_as_two_threads():
     assert bench_client() > 20
+
+
+def test_curation_is_faster_where_the_other_side_is_installed():
+    scoring, encoding = bench_scoring(rounds=1), bench_encoding(rounds=1)
+    assert scoring is None or scoring > 2.5
+    assert encoding is None or encoding > 1.25

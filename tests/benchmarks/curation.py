@@ -76,20 +76,25 @@ def bench_scoring(rounds: int = 3) -> float | None:
         flat = sum([record["candidates"] for record in records], [])  # noqa: RUF017 (the published way)
         assert len(flat) == len(vectors)
         embeddings = list(vectors.reshape(RECORDS, CANDIDATES, WIDTH))
-        rows = Dataset.from_dict({"n": list(range(RECORDS))})
+        plain = [
+            {**record, "n": n, "candidates": [c["text"] for c in record["candidates"]]}
+            for n, record in enumerate(records)
+        ]
+        rows = Dataset.from_list(plain)
         rows = rows.map(lambda row: {"scores": (embeddings[row["n"]] @ embeddings[row["n"]].T).mean(1)})
-        rows = rows.map(lambda row: {"chosen": int(np.argmax(row["scores"]))})
-        rows = rows.map(lambda row: {"rejected": int(random.choice(np.argsort(row["scores"])[: CANDIDATES // 2]))})
+        rows = rows.map(lambda row: {"best": int(np.argmax(row["scores"])), "prompt": row["conversations"][0]["value"]})
+        rows = rows.map(
+            lambda row: {
+                "chosen": row["candidates"][row["best"]],
+                "rejected": row["candidates"][int(random.choice(np.argsort(row["scores"])[: CANDIDATES // 2]))],
+            }
+        )
         rows.save_to_disk(str(folder / "published"))
-        whole = [
-            {**record, "chosen": record["candidates"][row["chosen"]], "rejected": record["candidates"][row["rejected"]],
-             "scores": row["scores"]}
-            for record, row in zip(records, rows, strict=True)
-        ]  # fmt: skip
+        whole = list(rows)
         for threshold in THRESHOLDS:
             kept = [row for row in whole if max(row["scores"]) >= threshold]
             (folder / f"published_{threshold}.json").write_text(json.dumps(kept, indent=4))
-        return [row["chosen"] for row in rows]
+        return [row["best"] for row in whole]
 
     def ours() -> list[int]:
         chosen = []

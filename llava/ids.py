@@ -106,19 +106,21 @@ class RecordIndex:
 
         return np.dtype([("number", np.uint64), ("file", np.uint32), ("offset", np.uint64)])
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def read(self, row) -> Any:
         """The record of one row of the index."""
         with self.paths[int(row["file"])].open("rb") as file:
             file.seek(int(row["offset"]))
             return parse_json(file.readline(), str(self.paths[int(row["file"])]))
 
-    def find(self, number: int, handle) -> Any | None:
-        """The record whose id has this number, read from its open file; None when there is none."""
+    def place(self, number: int) -> int | None:
+        """Which row of the index an id has; None when it is not there."""
         place = int(self.numbers.searchsorted(self.numbers.dtype.type(number)))
-        if place == len(self.numbers) or int(self.numbers[place]) != number:
+        return place if place < len(self.numbers) and int(self.numbers[place]) == number else None
+
+    def find(self, identifier: str, handle) -> Any | None:
+        """The record of this id, read from its open file; None when there is none."""
+        place = self.place(number_of(identifier))
+        if place is None:
             return None
         handle.seek(int(self.rows["offset"][place]))
         where = f"{handle.name} at byte {handle.tell()}"
@@ -129,9 +131,8 @@ class RecordIndex:
         handles = {number: path.open("rb") for number, path in enumerate(self.paths) if path in files}
         try:
             for identifier in ids:
-                number = number_of(identifier)
-                place = int(self.numbers.searchsorted(self.numbers.dtype.type(number)))
-                if place == len(self.numbers) or int(self.numbers[place]) != number:
+                place = self.place(number_of(identifier))
+                if place is None:
                     continue
                 handle = handles.get(int(self.rows["file"][place]))
                 if handle is not None:

@@ -79,7 +79,7 @@ def main() -> None:
     stage, inputs = f"curate {arguments.kind}", list(arguments.candidates)
     if Path(arguments.encoder).is_dir():
         inputs.append(arguments.encoder)
-    from quality_evaluation.judging import curate, encode_share, wait_for_shares
+    from quality_evaluation.judging import curate, encode_share
 
     folder = Path(arguments.output_dir)
     shared = world_size() > 1 and arguments.encoder != "hashing" and arguments.score != "vote"
@@ -92,8 +92,6 @@ def main() -> None:
         if run.complete:
             print(f"[{run.stage}] already complete -> {output}")
             return
-        if shared:
-            wait_for_shares(arguments, folder)
         counts = curate(arguments, folder)
         if arguments.parquet:
             from quality_evaluation.outputs import write_parquet

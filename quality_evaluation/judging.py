@@ -114,8 +114,8 @@ def chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-def encode_share(arguments: argparse.Namespace, folder: Path) -> None:
-    """What the ranks besides 0 do: encode their share of the texts into the cache, and say that it is done."""
+def encode_share(arguments: argparse.Namespace, folder: Path):
+    """Encode this rank's share of the texts into the cache, and say that it is done; returns the encoder."""
     encoder = make_encoder(arguments, folder, rank())
     compared = final_description if arguments.kind == "caption" else final_answer
     for chunk in chunks(record for record, _ in pool(arguments.candidates, arguments.allow_cut_off)):
@@ -124,18 +124,20 @@ def encode_share(arguments: argparse.Namespace, folder: Path) -> None:
         if mine:
             encoder.encode(mine)
     (encoder.folder / f"done.{rank()}of{world_size()}").touch()
+    return encoder
 
 
-def wait_for_shares(arguments: argparse.Namespace, folder: Path) -> None:
-    """Rank 0: encode the own share, then wait until the others have encoded theirs."""
-    encode_share(arguments, folder)
-    encoder = make_encoder(arguments, folder, 0)
+def wait_for_shares(arguments: argparse.Namespace, folder: Path):
+    """Rank 0: encode the own share, then wait until the others have encoded theirs; returns the encoder."""
+    encoder = encode_share(arguments, folder)
     awaited = [encoder.folder / f"done.{other}of{world_size()}" for other in range(world_size())]
     deadline = time.time() + PATIENCE
     while missing := [path for path in awaited if not path.exists()]:
         if time.time() > deadline:
             raise UserError(f"{len(missing)} ranks have not encoded their share within an hour. Fix: run it again")
         time.sleep(0.2)
+    encoder.read_all()
+    return encoder
 
 
 def make_encoder(arguments: argparse.Namespace, folder: Path, number: int):
@@ -147,7 +149,10 @@ def make_encoder(arguments: argparse.Namespace, folder: Path, number: int):
 
 def curate(arguments: argparse.Namespace, folder: Path) -> dict[str, int]:
     """Judge all records in one pass; returns the counts. Every file appears complete or not at all."""
-    encoder = None if arguments.score == "vote" else make_encoder(arguments, folder, rank())
+    shared = world_size() > 1 and arguments.encoder != "hashing"
+    encoder = None
+    if arguments.score != "vote":
+        encoder = wait_for_shares(arguments, folder) if shared else make_encoder(arguments, folder, rank())
     counts = dict.fromkeys(("in", "kept", "below_threshold", "rejected", "pairs", "left_out_candidates"), 0)
     names = ["scored", "chosen", "preference", "curated.rejected"]
     extra = {threshold: f"chosen_{threshold:g}" for threshold in arguments.thresholds[1:]}

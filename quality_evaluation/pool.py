@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava.ids import RecordIndex, number_of, read_unique
+from llava.ids import RecordIndex, read_unique
 from llava.records import Record, RecordError, images_of
 
 
@@ -26,7 +26,7 @@ class CandidateFile:
     def find(self, identifier: str) -> Record | None:
         if self.index is None:
             return self.records.get(identifier)
-        return self.index.find(number_of(identifier), self.handle)
+        return self.index.find(identifier, self.handle)
 
     def close(self) -> None:
         if self.handle:

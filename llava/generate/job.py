@@ -135,12 +135,15 @@ def preflight(job: Job) -> None:
         raise UserError(f"no image can be read; the first: {missing[0]}. Fix: set IMAGE_FOLDER")
     print(f"records      {count:,}, {len(missing)} with images missing" + (f": {missing[0]}" if missing else ""))
     print(f"candidates   {job.wanted} per record, {asdict(job.sampling)}")
+    processor = None
+    if not job.endpoint:
+        from llava.model.load import load_processor
+
+        processor = load_processor(job.model)
     for style, number in job.styles.items():
         text = with_image(job.instruction(style, first), len(images_of(first)))
-        if not job.endpoint:
-            from llava.model.load import load_processor
-
-            text = load_processor(job.model).prompt([{"role": "user", "content": text}])
+        if processor:
+            text = processor.prompt([{"role": "user", "content": text}])
         print(f"prompt       {number} x {style}: {text!r}")
     print(f"asks         {job.model}" + (f" at {job.endpoint}" if job.endpoint else ""))
     print(f"writes       {job.output} (nothing was written)")

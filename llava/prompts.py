@@ -39,7 +39,15 @@ CAPTION_DEFAULT = "Please generate a detailed caption of this image. Be as descr
 CAPTION_STYLES = ("cod-default", "cod-conv", "default")
 REASONING_STYLES = ("cot-default", "default")
 
-STEP_LINE = re.compile(r"^[ \t>#*_-]*Step[ \t]*(\d+)[*_]*[ \t]*:", re.MULTILINE | re.IGNORECASE)
+STEP_LINE = re.compile(r"\n[ \t>#*_-]*Step[ \t]*(\d+)[*_]*[ \t]*:", re.IGNORECASE)  # a text begins with a new line
+TITLES = {  # step -> what its headings say after the number
+    number: tuple(
+        headings[number - 1].split(": ", 1)[1].rstrip(".").lower()
+        for headings in (COD_HEADINGS, COT_HEADINGS)
+        if number <= len(headings)
+    )
+    for number in range(1, 6)
+}
 
 
 class FormatError(UserError):
@@ -66,26 +74,25 @@ def parse_steps(response: str) -> dict[int, str]:
     The heading ends with its line, or, when the text follows on the same line, after the first sentence that belongs
     to a known heading. Steps that are absent are absent from the result; no step at all gives {}.
     """
-    if "step" not in response.lower():  # most direct answers; the pattern is slow on long texts
-        return {}
-    found = list(STEP_LINE.finditer(response))
-    steps: dict[int, str] = {}
+    return {number: strip_heading(number, body) for number, body in step_bodies(response).items()}
+
+
+def step_bodies(response: str) -> dict[int, str]:
+    """Step number -> what follows "Step N:" up to the next step; the first of a number counts."""
+    lines = f"\n{response}"
+    found = list(STEP_LINE.finditer(lines))
+    bodies: dict[int, str] = {}
     for match, following in zip(found, [*found, None][1:], strict=True):
-        body = response[match.end() : following.start() if following else len(response)]
-        number = int(match.group(1))
-        if number not in steps:
-            steps[number] = strip_heading(number, body)
-    return steps
+        bodies.setdefault(int(match[1]), lines[match.end() : following.start() if following else len(lines)])
+    return bodies
 
 
 def strip_heading(number: int, body: str) -> str:
     """The text of a step without what is left of its heading line."""
     text = body.lstrip(" \t*_")
-    for headings in (COD_HEADINGS, COT_HEADINGS):
-        if number <= len(headings):
-            title = headings[number - 1].split(": ", 1)[1].rstrip(".")
-            if text.lower().startswith(title.lower()):
-                return text[len(title) :].lstrip(".:*_ \t").strip()
+    for title in TITLES.get(number, ()):
+        if text[: len(title)].lower() == title:
+            return text[len(title) :].lstrip(".:*_ \t").strip()
     first, newline, rest = text.partition("\n")
     return rest.strip() if newline and rest.strip() else first.strip(" *_")
 
@@ -101,19 +108,20 @@ def check_steps(response: str, count: int) -> list[str]:
 
 def final_description(response: str) -> str:
     """The text by which captions are compared: step 5, else step 1 and what follows, else everything (paper, step 3)."""
-    steps = parse_steps(response)
-    if steps.get(5):
-        return steps[5]
-    if steps:
-        return "\n\n".join(text for text in steps.values() if text)
+    bodies = step_bodies(response)
+    if last := strip_heading(5, bodies.get(5, "")):
+        return last
+    if bodies:
+        return "\n\n".join(text for text in parse_steps(response).values() if text)
     return response.strip()
 
 
 def final_answer(response: str) -> str:
     """The text by which reasoning responses are compared: step 4, else the last line that is no heading; "The answer is" removed."""
-    steps = parse_steps(response)
-    said = [line for line in response.split("\n") if line.strip() and not STEP_LINE.match(line)]
-    text = steps.get(4) or (said or [""])[-1]
+    text = strip_heading(4, step_bodies(response).get(4, ""))
+    if not text:
+        said = [line for line in response.split("\n") if line.strip() and not STEP_LINE.match(f"\n{line}")]
+        text = (said or [""])[-1]
     return re.sub(r"^(so,? |therefore,? )?the (final )?answer is:?\s*", "", text.strip(), flags=re.IGNORECASE)
 
 

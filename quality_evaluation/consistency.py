@@ -65,5 +65,6 @@ def pick_rejected(texts: list[str], scores: np.ndarray, chosen: int, seed: int) 
     None when no candidate of the lower half differs.
     """
     order = np.argsort(scores, kind="stable")
-    lower = [int(index) for index in order[: len(texts) // 2] if texts[int(index)].strip() != texts[chosen].strip()]
+    winner = texts[chosen].strip()
+    lower = [int(index) for index in order[: len(texts) // 2] if texts[index].strip() != winner]
     return random.Random(seed).choice(lower) if lower else None

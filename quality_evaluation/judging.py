@@ -99,7 +99,7 @@ def judged_chunk(records: list[Record], arguments: argparse.Namespace, encoder) 
         score = mean_cosine if arguments.score == "mean_cosine" else leave_one_out
         for count in {len(group) for group in texts}:
             rows = [row for row, group in enumerate(texts) if len(group) == count]
-            embeddings = vectors[[[unique[text] for text in texts[row]] for row in rows]]  # (rows, count, d)
+            embeddings = gathered(vectors, [[unique[text] for text in texts[row]] for row in rows])
             matrix = similarities(embeddings) if arguments.matrix else [None] * len(rows)
             for row, own, similarity in zip(rows, score(embeddings), matrix, strict=True):
                 scores[row], matrices[row] = own, similarity
@@ -107,6 +107,13 @@ def judged_chunk(records: list[Record], arguments: argparse.Namespace, encoder) 
         judge(record, own, arguments.thresholds[0], arguments.seed, matrix)
         for record, own, matrix in zip(records, scores, matrices, strict=True)
     ]
+
+
+def gathered(vectors: np.ndarray, numbers: list[list[int]]) -> np.ndarray:
+    """(records, candidates, d) vectors by number; not copied where no text comes twice."""
+    if [number for row in numbers for number in row] == list(range(len(vectors))):
+        return vectors.reshape(len(numbers), -1, vectors.shape[1])
+    return vectors[numbers]
 
 
 def chunks(records: Iterator[Record]) -> Iterator[list[Record]]:

@@ -1,6 +1,6 @@
 """Take out of training records what also occurs in benchmarks and, if asked, records that nearly repeat an earlier one.
 
-reads   records (.json, .jsonl) and their images; benchmarks as VLMEvalKit TSVs (see llava/eval/benchmarks.py)
+reads   records (.json, .jsonl) and their images; benchmarks as VLMEvalKit TSVs (see llava/eval/questions.py)
 writes  clean.jsonl           the records that stay, in input order and unchanged (numbers as ids become strings)
         removed.jsonl         the others: id, file, kind, and what they matched
         clean.rejected.jsonl  records with an image that cannot be read, with the reason
@@ -43,7 +43,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava.errors import UserError, run_command
-from llava.eval.benchmarks import Row, images_of_row, options_of, read_tsv
+from llava.eval.questions import Row, images_of_row, options_of, read_tsv
 from llava.ids import read_unique
 from llava.images import ImageError, find_image, load_image
 from llava.records import Record, images_of, messages_of, rejected_path, rejection, write_records

@@ -10,15 +10,8 @@ import pytest
 from PIL import Image
 
 from llava.errors import UserError
-from llava.eval.benchmarks import (
-    images_of_row,
-    is_correct,
-    options_of,
-    question_text,
-    read_tsv,
-    summary,
-    wilson,
-)
+from llava.eval.benchmarks import is_correct, summary, wilson
+from llava.eval.questions import images_of_row, options_of, question_text, read_tsv
 from llava.images import ImageError
 
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent  # run.json names files as seen fr
 NO_RECORDS = {"log.jsonl"}  # training's log
 NO_FOLDERS = {"shards", "predictions"}  # parts of a merged file, and answers to benchmarks
 KINDS = ("source", "reply", "rejected", "annotated", "generated", "judged", "chosen", "pair")  # as the stages go
+SIDES = ("chosen", "rejected")  # of a preference pair
 BLOCK = 1 << 20  # characters of a .json list read at a time
 BETWEEN = re.compile(r"[\s,]*")  # what stands between the items of a list
 Run = dict[str, Any]
@@ -175,33 +176,39 @@ def items_of(path: Path) -> Iterator[Any]:
 
 
 def search(files: Files, identifier: str) -> list[Found]:
-    """Rows with this id, rows made from it, and the sources of these; oldest first."""
+    """Rows with this id, rows made from it, and the sources of these and in turn of those; oldest first."""
     found = [
         Found(path, row, files.writer(path))
         for path in files.paths
         for row in rows_of(path, identifier)
-        if identifier in (name_of(row), source_of(row))
+        if identifier in (name_of(row), *sources_of(row))
     ]
-    sources: dict[tuple[Path, str], Found] = {}
-    for made in found:
-        source = source_of(made.row)
-        if source not in (None, identifier) and made.run:
+    known = {(made.path.resolve(), name_of(made.row)) for made in found}
+    for made in found:  # grows
+        for source in sources_of(made.row) if made.run else []:
             beside = [path for path in files.paths if path.resolve().parent == made.run["folder"].resolve()]
             for path in [*files.inputs(made.run), *beside]:
-                for row in rows_of(path, source):
-                    if name_of(row) == source:
-                        sources[path.resolve(), source] = Found(path, row, files.writer(path))
-    return sorted([*found, *sources.values()], key=Found.order)
+                if source == identifier or (path.resolve(), source) in known:
+                    continue
+                known.add((path.resolve(), source))
+                found += [
+                    Found(path, row, files.writer(path)) for row in rows_of(path, source) if name_of(row) == source
+                ]
+    return sorted(found, key=Found.order)
 
 
 def name_of(row: Record) -> str:
     return str(row.get("id"))
 
 
-def source_of(row: Record) -> str | None:
-    """The id of the record that this one was made from, where its lineage names one."""
+def sources_of(row: Record) -> list[str]:
+    """Ids of the records that this one was made from, where its lineage names them; a preference pair has several."""
     lineage = row.get("lineage")
-    return lineage.get("source") if isinstance(lineage, dict) else None
+    if not isinstance(lineage, dict):
+        return []
+    chosen, rejected = (lineage.get(side) if isinstance(lineage.get(side), dict) else {} for side in SIDES)
+    names = [lineage.get("source"), chosen.get("source"), rejected.get("record")]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
 def close_ids(files: Files, identifier: str) -> list[str]:

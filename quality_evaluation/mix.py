@@ -12,6 +12,7 @@ writes  mixed.jsonl (shuffled; where each record came from in `mixed_from`), run
 
 import argparse
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,8 @@ class Lines:
         return check_record(parse_json(self.handle.readline(), where), where)
 
 
-def mixed(files: list[Lines], chosen: list[tuple[int, int]], folder: str | None):
-    """The records of the mixture, ids unique, images named so that they are found from `folder`, or as absolute paths."""
+def mixed(files: list[Lines], chosen: list[tuple[int, int]], root: Path | None):
+    """The records of the mixture, ids unique; images named from `root`, those of a file lying beside it."""
     ids = IdSet()
     for file, number in chosen:
         record = files[file][number]
@@ -113,8 +114,9 @@ def mixed(files: list[Lines], chosen: list[tuple[int, int]], folder: str | None)
         while not ids.add(identifier):
             identifier = f"{identifier}+{file + 1}"
         moved: dict[str, Any] = {}
-        if images_of(record) and folder is None:  # each file's images lie beside it
-            paths = [str(find_image(str(Path(files[file].path).parent), name).resolve()) for name in images_of(record)]
+        if images_of(record) and root:
+            beside = Path(files[file].path).resolve().parent
+            paths = [find_image(beside, name).relative_to(root).as_posix() for name in images_of(record)]
             moved["image"] = paths if isinstance(record["image"], list) else paths[0]
         yield {**record, **moved, "id": identifier, "mixed_from": {"file": files[file].path, "id": record["id"]}}
 
@@ -126,7 +128,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", nargs="+", required=True, help="FILE, FILE:COUNT or FILE:SHARE%%")
-    parser.add_argument("--image_folder", help="one root of all images; default: each file's own folder, made absolute")
+    parser.add_argument("--image_folder", help="one root of all images (default: each file's images lie beside it)")
     parser.add_argument("--output_dir", required=True, help="run folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the draw and the order (default: 0)")
     parser.add_argument("--dry_run", action="store_true", help="count, write nothing")
@@ -147,7 +149,11 @@ def main() -> None:
             print(f"[mix] already complete -> {output}")
             return
         chosen = drawn(list(paths), counts, available, arguments.seed)
-        written = write_records(output, mixed(files, chosen, arguments.image_folder))
+        root = None
+        if not arguments.image_folder:
+            root = Path(os.path.commonpath([Path(path).resolve().parent for path in paths]))
+        written = write_records(output, mixed(files, chosen, root))
+        print(f"images       IMAGE_FOLDER={arguments.image_folder or root} for what reads {output}")
         run.finish(output, files=len(files), out=written)
 
 

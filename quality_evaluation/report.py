@@ -71,9 +71,12 @@ def results_section(work: Path) -> str:
     path = work / "table.md"
     if not path.is_file():
         raise UserError(f"{path} does not exist. Fix: finish run_sicog.sh first; llava.eval.report writes it")
-    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("|-")]
-    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
-    return table(cells[0], cells[1:])
+    text = path.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("|") and not line.startswith("|-")]
+    head, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    notes = "".join(f"<li>{escape(line[2:])}</li>" for line in text.splitlines() if line.startswith("* "))
+    best = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", table(head, rows))
+    return f'{best}<ul class="meta">{notes}</ul>'
 
 
 def stages_section(work: Path) -> str:

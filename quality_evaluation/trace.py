@@ -18,6 +18,7 @@ from llava.errors import UserError, run_command
 from llava.images import ImageError, find_image, image_size
 from llava.records import Record, images_of, sha256_of
 from quality_evaluation.lineage import (
+    SIDES,
     Files,
     Found,
     Run,
@@ -143,11 +144,23 @@ def about_row(found: Found, judged: set[str]) -> str:
         if candidate["text"] not in judged:
             lines += [f"  {about_decision(decision)}", about_candidate(candidate)]
     elif found.kind == "pair":
-        lines = [f"  a preference pair; {fields({'scores': row.get('scores')})}"]
+        lines = about_pair(row, judged)
     else:
         lines = [f"  {fields(row['lineage'])}"] if found.kind == "annotated" else []
         lines += conversation(row)
     return "\n".join(lines)
+
+
+def about_pair(row: Record, judged: set[str]) -> list[str]:
+    """Where the pair is from and who wrote its sides, with the texts that are shown nowhere else."""
+    lineage = row.get("lineage")
+    if not isinstance(lineage, dict) or lineage.get("stage") != "pairs":
+        return [f"  a preference pair; {fields({'scores': row.get('scores')})}"]
+    lines = [f"  a preference pair, {row['source']}, of {lineage['source']} in {lineage['file']}"]
+    for side in SIDES:
+        lines += [f"  {side}: {fields(lineage[side])}"]
+        lines += [indent(row[side], 8)] if row[side] not in judged else []
+    return lines
 
 
 def conversation(row: Record) -> list[str]:

@@ -1,154 +1,182 @@
-"""Benchmarks in VLMEvalKit's TSV format, answered greedily and scored by exact match.
+"""Benchmarks in VLMEvalKit's TSV format: answered greedily, scored by VLMEvalKit's rules.
 
-    reads   <name>.tsv: `index`, `image` (base64, a list of base64, or another row's index) or `image_path`,
-            `question`, options `A`.., `answer`, optional `hint`, `category`
-    writes  predictions/<name>.jsonl (one line per question, resumable), results.json (accuracy, 95% interval, counts)
+    reads   <name>.tsv (see llava/eval/questions.py); the file's name says which rules it has (MMBench_DEV_EN, POPE, ...)
+    writes  predictions/<name>.jsonl           every question with the answer, what was understood, and its mark
+            vlmevalkit/<model>/<model>_<name>.xlsx   the answers in VLMEvalKit's own layout, which it can score again
+            results.json                       per benchmark the number, its 95% interval, details, who judged
 
-A row with options is multiple choice, a yes/no answer is a judgement, the rest are short answers.
+Several ranks share the questions; a run that was stopped goes on where it was. With --judge a language model reads the
+answers that exact rules cannot; without one MMVet and MathVista get scores that are labelled as such.
 """
 
 import argparse
-import math
-import re
 from pathlib import Path
 from typing import Any
 
 from llava.errors import UserError, run_command
-from llava.eval.questions import Row, images_of_row, is_judgement, options_of, question_text, read_tsv
-from llava.prompts import final_answer
-from llava.records import RecordAppender, read_jsonl, write_json
-from llava.runs import open_run
+from llava.eval.answering import LocalModel, ServedModel, answer_share, answers_below
+from llava.eval.judge import Judge
+from llava.eval.questions import Row, question_text, read_tsv
+from llava.eval.scoring import METRICS, Rule, rule_for
+from llava.records import write_json, write_records
+from llava.runs import join_run, open_run, rank
+
+KEPT = ("category", "l2-category", "split", "image_path", "g_index", "task", "skills")  # of a row, with its prediction
 
 
-def is_correct(row: Row, prediction: str) -> bool:
-    """Exact match by kind of question.
-
-    Multiple choice: the first word is the letter, or the text is the option's. Judgement: exactly one of yes and no
-    occurs. Short answer: equal but for case, articles and punctuation at the ends.
-    """
-    text = final_answer(prediction)
-    options = options_of(row)
-    if options:
-        return chosen_letter(text, options) == row["answer"].strip()
-    if is_judgement(row):
-        words = set(re.findall(r"[a-z]+", text.lower())) & {"yes", "no"}
-        return words == {row["answer"].strip().lower()}
-    return plain(text) == plain(row["answer"])
-
-
-def chosen_letter(text: str, options: dict[str, str]) -> str | None:
-    match = re.match(r"^\(?([A-I])\)?(?:[\s.:,)]|$)", text.strip())
-    if match and match.group(1) in options:
-        return match.group(1)
-    return next((letter for letter, option in options.items() if plain(option) == plain(text)), None)
-
-
-def plain(text: str) -> str:
-    """A short answer without case, punctuation at its ends, articles before a word, and extra blanks."""
-    text = re.sub(r"\s+", " ", text.lower()).strip(" .,:;!?\"'()*")
-    return re.sub(r"\b(a|an|the) (?=\S)", "", text)
+def score(
+    name: str, rows: list[Row], answers: dict[str, str], judge: Judge | None
+) -> tuple[list[dict], dict[str, Any]]:
+    """Predictions with their marks, and the benchmark's result."""
+    rule = rule_for(name, rows)
+    answered = [(row, answers[row["index"]]) for row in rows]
+    marks = [rule.mark(row, answer) for row, answer in answered]
+    said_by = None
+    open_ones = [n for n, (_, mark) in enumerate(marks) if rule.judge == "grade" or mark is None]
+    if judge and rule.judge and open_ones:
+        judged, said_by = judge.marks(name, rule, [answered[n] for n in open_ones])
+        for number, mark in zip(open_ones, judged, strict=True):
+            marks[number] = mark
+    predictions = [
+        {
+            "index": row["index"], "prediction": answer, "answer": row["answer"], "extracted": extracted,
+            "score": mark or 0.0, **{key: row[key] for key in KEPT if row.get(key)},
+        }
+        for (row, answer), (extracted, mark) in zip(answered, marks, strict=True)
+    ]  # fmt: skip
+    return predictions, {**result(rule, predictions), **({"judge": said_by} if said_by else {})}
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """95% interval of a proportion (Wilson's score interval).
+def result(rule: Rule, predictions: list[dict[str, Any]]) -> dict[str, Any]:
+    from llava.eval.totals import TOTALS, interval
 
-    >>> [round(bound, 3) for bound in wilson(8, 10)]
-    [0.49, 0.943]
-    """
-    z = 1.959964
-    share, spread = correct / total, z * z / total
-    middle = share + spread / 2
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max((middle - half) / (1 + spread), 0.0), min((middle + half) / (1 + spread), 1.0)
+    units = TOTALS[rule.total](predictions)
+    low, high = interval(units)
+    return {
+        "questions": len(predictions), "metric": METRICS[rule.total], "value": units.number(), "low": low, "high": high,
+        "total": rule.total, "scored_by": rule.label, "details": units.details,
+    }  # fmt: skip
 
 
-def predict(path: Path, rows: list[Row], output: Path, model, processor, batch_size: int, max_new_tokens: int) -> None:
-    """Answer what `output` does not hold yet; greedy."""
-    from tqdm import tqdm
+def write_sheet(path: Path, rows: list[Row], answers: dict[str, str]) -> None:
+    """The answers as VLMEvalKit writes them: the TSV's columns without the images, and `prediction`."""
+    import openpyxl
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
-    from llava.generate.candidates import Draw, Prompt, Sampling
-    from llava.generate.sampling import complete
-    from llava.prompts import with_image
+    def cell(column: str, value: str) -> str | int:
+        if column in ("index", "g_index") and value.isdigit():
+            return int(value)
+        return ILLEGAL_CHARACTERS_RE.sub("", value)
 
-    done = {row["index"] for row in read_jsonl(output)}
-    by_index = {row["index"]: row for row in rows}
-    todo = [row for row in rows if row["index"] not in done]
-    sampling = Sampling(temperature=0, max_new_tokens=max_new_tokens)
-    with (
-        RecordAppender(output) as predictions,
-        tqdm(total=len(rows), initial=len(done), desc=path.stem, unit="question") as bar,
-    ):
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            prompts = []
-            for row in batch:
-                images = images_of_row(row, by_index, path.parent)
-                prompts.append(Prompt(images, [with_image(question_text(row), len(images))], [Draw(0, 0)]))
-            for row, [completion] in zip(batch, complete(model, processor, prompts, sampling), strict=True):
-                answered = {"index": row["index"], "prediction": completion.text, "answer": row["answer"]}
-                correct = is_correct(row, completion.text)
-                predictions.append({**answered, "correct": correct, "category": row.get("category", "")})
-            bar.update(len(batch))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = [column for column in rows[0] if column != "image"]
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet1")
+    sheet.append([*columns, "prediction"])
+    for row in rows:
+        values = [cell(column, row[column]) for column in columns]
+        sheet.append([*values, cell("prediction", answers[row["index"]])])
+    book.save(path)
 
 
-def summary(predictions: list[dict[str, Any]]) -> dict[str, Any]:
-    correct, total = sum(row["correct"] for row in predictions), len(predictions)
-    low, high = wilson(correct, total)
-    return {"questions": total, "correct": correct, "accuracy": correct / total, "low": low, "high": high}
-
-
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m llava.eval.benchmarks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder")
+    parser.add_argument("--model_name_or_path", help="checkpoint folder")
+    parser.add_argument("--base_url", help="a chat-completions server instead, ending in /v1")
+    parser.add_argument("--model", help="the server's name for its model")
     parser.add_argument("--data_path", required=True, help="TSV files, comma-separated, or a folder of them")
     parser.add_argument("--output_dir", required=True, help="run folder to write")
     parser.add_argument("--batch_size", type=int, default=16, help="questions at a time (default: 16)")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="(default: 64)")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="(default: 64; more for answers in steps)")
+    parser.add_argument("--judge", help="name of a language model that reads answers exact rules cannot")
+    parser.add_argument("--judge_base_url", help="its server (default: OPENAI_BASE_URL)")
     parser.add_argument("--dry_run", action="store_true", help="read the questions, answer nothing")
     arguments = parser.parse_args()
+    if bool(arguments.model_name_or_path) == bool(arguments.base_url):
+        raise UserError("give --model_name_or_path or --base_url. Fix: MODEL_PATH=checkpoint, or BASE_URL and MODEL")
+    if arguments.base_url and not arguments.model:
+        raise UserError("--base_url needs --model: the name under which the server knows its model. Fix: MODEL=name")
+    return arguments
 
+
+def main() -> None:
+    arguments = parse()
     data = Path(arguments.data_path)
     paths = sorted(data.glob("*.tsv")) if data.is_dir() else [Path(name) for name in arguments.data_path.split(",")]
     if not paths:
         raise UserError(f"{data} holds no .tsv file. Fix: set DATA_PATH to VLMEvalKit TSV files")
+    if len({path.stem for path in paths}) < len(paths):
+        raise UserError("two of the TSV files have the same name. Fix: name each benchmark once")
     benchmarks = {path: read_tsv(path) for path in paths}
     if arguments.dry_run:
-        from llava.model.load import check_checkpoint
-
-        check_checkpoint(arguments.model_name_or_path)
-        for path, rows in benchmarks.items():
-            print(f"{path.stem:12} {len(rows):,} questions, first: {question_text(rows[0])!r}")
-        print(f"writes       {arguments.output_dir}/results.json (nothing was written)")
+        dry_run(arguments, benchmarks)
         return
     identity = {
-        "model": arguments.model_name_or_path,
-        "data": list(map(str, paths)),
-        "max_new_tokens": arguments.max_new_tokens,
-    }
-    with open_run(arguments.output_dir, "evaluate", identity, [arguments.model_name_or_path, *paths]) as run:
-        output = run.folder / "results.json"
+        "model": arguments.model_name_or_path or f"{arguments.model} at {arguments.base_url}",
+        "data": list(map(str, paths)), "max_new_tokens": arguments.max_new_tokens, "judge": arguments.judge or "",
+    }  # fmt: skip
+    inputs = [*paths, *([arguments.model_name_or_path] if arguments.model_name_or_path else [])]
+    folder = Path(arguments.output_dir)
+    if rank() != 0:
+        if not join_run(folder, "evaluate", identity, inputs):
+            answer_all(arguments, folder, benchmarks)
+        return
+    with open_run(folder, "evaluate", identity, inputs) as run:
+        output = folder / "results.json"
         if run.complete:
             print(f"[evaluate] already complete -> {output}")
             return
-        import torch
-
-        from llava.model.load import load_model, load_processor
-
-        cuda = torch.cuda.is_available()
-        processor = load_processor(arguments.model_name_or_path)
-        model = load_model(arguments.model_name_or_path, dtype=torch.bfloat16 if cuda else torch.float32)
-        model.to("cuda" if cuda else "cpu").eval()
+        refused = answer_all(arguments, folder, benchmarks)
+        name = Path(arguments.model_name_or_path or arguments.model).name
         results = {}
+        judge = Judge(arguments.judge, arguments.judge_base_url, folder / "judge") if arguments.judge else None
         for path, rows in benchmarks.items():
-            predictions = run.folder / "predictions" / f"{path.stem}.jsonl"
-            predict(path, rows, predictions, model, processor, arguments.batch_size, arguments.max_new_tokens)
-            results[path.stem] = summary(list(read_jsonl(predictions)))
-        write_json(output, {"model": arguments.model_name_or_path, "benchmarks": results})
-        run.finish(output, benchmarks=len(results), questions=sum(result["questions"] for result in results.values()))
+            answers = complete_answers(folder, path, rows)
+            predictions, results[path.stem] = score(path.stem, rows, answers, judge)
+            write_records(folder / "predictions" / f"{path.stem}.jsonl", predictions)
+            write_sheet(folder / "vlmevalkit" / name / f"{name}_{path.stem}.xlsx", rows, answers)
+        write_json(output, {"model": identity["model"], "benchmarks": results})
+        counts = {"benchmarks": len(results), "questions": sum(result["questions"] for result in results.values())}
+        run.finish(output, **counts, **({"refused": refused} if refused else {}))
+
+
+def answer_all(arguments: argparse.Namespace, folder: Path, benchmarks: dict[Path, list[Row]]) -> int:
+    """This rank's share of every benchmark; returns how many questions a server refused."""
+    if arguments.base_url:
+        model: Any = ServedModel(arguments.base_url, arguments.model, arguments.batch_size, arguments.max_new_tokens)
+    else:
+        model = LocalModel(arguments.model_name_or_path, arguments.batch_size, arguments.max_new_tokens)
+    for path, rows in benchmarks.items():
+        answer_share(model, path, rows, folder / "answers" / path.stem)
+    return len(getattr(model, "refused", ()))
+
+
+def complete_answers(folder: Path, path: Path, rows: list[Row]) -> dict[str, str]:
+    from llava.generate.job import wait_for_ranks
+
+    answers = folder / "answers" / path.stem
+    wait_for_ranks(answers, len(rows))
+    found = answers_below(answers)
+    if missing := [row["index"] for row in rows if row["index"] not in found]:
+        raise UserError(f"{len(missing)} questions of {path.stem} have no answer. Fix: run the same command again")
+    return found
+
+
+def dry_run(arguments: argparse.Namespace, benchmarks: dict[Path, list[Row]]) -> None:
+    if arguments.model_name_or_path:
+        from llava.model.load import check_checkpoint
+
+        check_checkpoint(arguments.model_name_or_path)
+    for path, rows in benchmarks.items():
+        rule = rule_for(path.stem, rows)
+        scored_by = f"judge {arguments.judge}" if arguments.judge and rule.judge else rule.label
+        print(f"{path.stem:12} {len(rows):,} questions, {METRICS[rule.total]} by {scored_by}")
+        print(f"             first: {question_text(rows[0], rule.short)!r}")
+    print(f"writes       {arguments.output_dir}/results.json (nothing was written)")
 
 
 if __name__ == "__main__":

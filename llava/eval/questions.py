@@ -12,7 +12,7 @@ import string
 from pathlib import Path
 
 from llava.errors import UserError
-from llava.prompts import ANSWER_LETTER, ANSWER_SHORT
+from llava.prompts import ANSWER_LETTER, ANSWER_SHORT, CAPTION_DEFAULT
 
 OPTION_LETTERS = string.ascii_uppercase[:9]  # columns named J.. occur as data columns in some TSVs
 Row = dict[str, str]
@@ -27,6 +27,8 @@ def read_tsv(path: str | Path) -> list[Row]:
         rows = list(csv.DictReader(file, delimiter="\t", restval=""))
     if not rows:
         raise UserError(f"{path} holds no questions")
+    if "question" not in rows[0] and "coco" in Path(path).stem.lower():
+        rows = [{**row, "question": CAPTION_DEFAULT} for row in rows]
     for column in ("index", "question", "answer"):
         if column not in rows[0]:
             raise UserError(f"{path} has no column {column!r}; VLMEvalKit TSVs have index, image, question, answer")
@@ -64,11 +66,11 @@ def is_judgement(row: Row) -> bool:
     return row["answer"].strip().lower() in ("yes", "no")
 
 
-def question_text(row: Row) -> str:
-    """What the model is asked, in the wording of LLaVA's instruction data."""
+def question_text(row: Row, short: bool = True) -> str:
+    """What the model is asked, in the wording of LLaVA's instruction data; `short`: an open question wants a short answer."""
     question = f"{row['hint']}\n{row['question']}" if row.get("hint") else row["question"]
     options = options_of(row)
     if not options:
-        return f"{question}\n{ANSWER_SHORT}"
+        return f"{question}\n{ANSWER_SHORT}" if short else question
     listed = "\n".join(f"{letter}. {text}" for letter, text in options.items())
     return f"{question}\n{listed}\n{ANSWER_LETTER}"

@@ -5,21 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llava.generate.candidates import Completion, Draw
 from llava.generate.job import Finished, Item, Job, first_draws, further_draws
 from llava.generate.sampling import stream
-from llava.model.load import load_model, load_processor
-from llava.runs import fingerprint, local_rank
+from llava.model.load import open_to_ask
+from llava.runs import fingerprint
 
 
 def generate(job: Job, items: Iterable[Item], keep: Callable[[Item, Finished], None]) -> None:
     """Draw all candidates of all items; `keep` is called with each item as it is finished."""
-    cuda = torch.cuda.is_available()
-    processor = load_processor(job.model)
-    model = load_model(job.model, dtype=torch.bfloat16 if cuda else torch.float32)
-    model.to(f"cuda:{local_rank()}" if cuda else "cpu").eval()
+    model, processor = open_to_ask(job.model)
     made_by = {"model": job.model, "model_hash": fingerprint(Path(job.model))}
 
     def rows(drawn: list[tuple[Draw, Completion]]) -> list[tuple[Draw, dict[str, Any]]]:

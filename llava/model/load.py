@@ -12,6 +12,7 @@ from transformers.utils import logging
 from llava.errors import UserError
 from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
 from llava.model.processing_llava_uhd import LlavaUHDProcessor
+from llava.runs import local_rank
 
 
 def quiet() -> None:
@@ -88,3 +89,14 @@ def load_model(
             f"{folder}: {len(keys)} {kind.replace('_', ' ')}, first {keys[0]!r}. Fix: rebuild the checkpoint"
         )
     return model
+
+
+def open_to_ask(
+    folder: str | Path, device: str | None = None
+) -> tuple[LlavaUHDForConditionalGeneration, LlavaUHDProcessor]:
+    """Model and processor to generate with: on this process's GPU in bfloat16, or on the CPU where there is none."""
+    if device in (None, "cuda"):
+        device = f"cuda:{local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else device or "cpu"
+    processor = load_processor(folder)
+    model = load_model(folder, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    return model.to(device).eval(), processor

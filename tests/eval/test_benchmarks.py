@@ -1,250 +1,164 @@
-"""Benchmarks: how a TSV is read, what is asked, and what counts as correct."""
+"""The evaluation command: a checkpoint or a server is asked, answers are scored, everything is found again."""
 
-import base64
-import csv
-import io
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
+import openpyxl
 import pytest
-from PIL import Image
 
-from llava.errors import UserError
-from llava.eval.benchmarks import is_correct, summary, wilson
-from llava.eval.questions import images_of_row, options_of, question_text, read_tsv
-from llava.images import ImageError
-
-
-def encoded(color: str, size=(6, 4), kind: str = "PNG", mode: str = "RGB") -> str:
-    buffer = io.BytesIO()
-    Image.new(mode, size, color).save(buffer, kind)
-    return base64.b64encode(buffer.getvalue()).decode()
+from llava.eval.benchmarks import score
+from llava.eval.judge import Judge, filled, read_verdict
+from llava.eval.questions import read_tsv
+from llava.eval.scoring import rule_for
+from llava.records import read_jsonl
+from tests.loopback import Loopback, completion
 
 
-def write_tsv(path: Path, rows: list[dict]) -> Path:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, delimiter="\t", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+def evaluate(*arguments, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "llava.eval.benchmarks", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def choice(answer: str = "B", **options: str) -> dict:
-    options = options or {"A": "blue square", "B": "red circle", "C": "yellow ring"}
-    return {"index": "0", "question": "What is it?", "answer": answer, **options}
-
-
-# Reading
-
-
-def test_rows_keep_tabs_quotes_and_line_breaks(tmp_path):
-    row = {"index": "1", "image": encoded("red"), "question": 'Say "a\tb"\nor not?', "answer": "é"}
-    assert read_tsv(write_tsv(tmp_path / "a.tsv", [row])) == [row]
-
-
-def test_an_image_longer_than_the_usual_field_limit_is_read(tmp_path):
-    row = {"index": "1", "image": "x" * 200_000, "question": "q", "answer": "a"}
-    assert len(read_tsv(write_tsv(tmp_path / "a.tsv", [row]))[0]["image"]) == 200_000
-
-
-@pytest.mark.parametrize("column", ["index", "question", "answer"])
-def test_a_missing_column_is_named_with_the_file(tmp_path, column):
-    row = {"index": "1", "image": "x", "question": "q", "answer": "a"}
-    del row[column]
-    path = write_tsv(tmp_path / "a.tsv", [row])
-    with pytest.raises(UserError, match=f"a.tsv has no column '{column}'"):
-        read_tsv(path)
-
-
-def test_a_benchmark_needs_images_questions_and_a_file(tmp_path):
-    with pytest.raises(UserError, match="neither an image nor an image_path column"):
-        read_tsv(write_tsv(tmp_path / "a.tsv", [{"index": "1", "question": "q", "answer": "a"}]))
-    (tmp_path / "b.tsv").write_text("index\timage\tquestion\tanswer\n")
-    with pytest.raises(UserError, match=r"b\.tsv holds no questions"):
-        read_tsv(tmp_path / "b.tsv")
-    with pytest.raises(UserError, match=r"c\.tsv is no file"):
-        read_tsv(tmp_path / "c.tsv")
-
-
-def test_a_row_that_ends_early_has_no_options_left(tmp_path):
-    (tmp_path / "a.tsv").write_text("index\timage\tquestion\tanswer\tA\tB\n1\tx\tq\tyes\n")
-    [row] = read_tsv(tmp_path / "a.tsv")
-    assert options_of(row) == {}
-
-
-# Images
-
-
-def test_an_image_in_the_row_and_one_by_the_index_of_another_row(tmp_path):
-    rows = [
-        {"index": "7", "image": encoded("red"), "question": "q", "answer": "a"},
-        {"index": "8", "image": "7", "question": "q", "answer": "a"},
-    ]
-    by_index = {row["index"]: row for row in rows}
-    for row in rows:
-        [image] = images_of_row(row, by_index, tmp_path)
-        assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (6, 4), (255, 0, 0))
-
-
-def test_several_images_in_a_list_keep_their_order(tmp_path):
-    row = {"index": "1", "image": str([encoded("red"), encoded("blue", (2, 3))]), "question": "q", "answer": "a"}
-    first, second = images_of_row(row, {"1": row}, tmp_path)
-    assert (first.getpixel((0, 0)), second.getpixel((0, 0)), second.size) == ((255, 0, 0), (0, 0, 255), (2, 3))
-
-
-def test_transparency_lies_over_white(tmp_path):
-    row = {"index": "1", "image": encoded("#ff000000", mode="RGBA"), "question": "q", "answer": "a"}
-    [image] = images_of_row(row, {"1": row}, tmp_path)
-    assert image.getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_an_image_by_path_lies_below_the_folder_of_the_file(tmp_path):
-    Image.new("RGB", (3, 2), "lime").save(tmp_path / "a.png")
-    row = {"index": "1", "image_path": "a.png", "question": "q", "answer": "a"}
-    [image] = images_of_row(row, {"1": row}, tmp_path)
-    assert (image.size, image.getpixel((0, 0))) == ((3, 2), (0, 255, 0))
-    with pytest.raises(ImageError, match=r"absent\.png"):
-        images_of_row({**row, "image_path": "absent.png"}, {}, tmp_path)
-
-
-@pytest.mark.parametrize("image", ["not base64 at all!", base64.b64encode(b"<html></html>" * 20).decode(), "99"])
-def test_an_image_that_cannot_be_decoded_is_an_error_that_names_the_row(tmp_path, image):
-    row = {"index": "row-41", "image": image, "question": "q", "answer": "a"}
-    with pytest.raises(UserError, match="row-41"):
-        images_of_row(row, {"row-41": row}, tmp_path)
-
-
-def test_a_truncated_image_is_an_error_that_names_the_row(tmp_path):
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    buffer = io.BytesIO()
-    noise.save(buffer, "JPEG")
-    half = base64.b64encode(buffer.getvalue()[: buffer.tell() // 2]).decode()
-    row = {"index": "row-41", "image": half, "question": "q", "answer": "a"}
-    with pytest.raises(UserError, match="row-41"):
-        images_of_row(row, {"row-41": row}, tmp_path)
-
-
-# What is asked
-
-
-def test_a_multiple_choice_question_lists_its_options():
-    assert question_text(choice()) == (
-        "What is it?\nA. blue square\nB. red circle\nC. yellow ring\n"
-        "Answer with the option's letter from the given choices directly."
+@pytest.fixture(scope="module")
+def finished(checkpoint, world, tmp_path_factory) -> Path:
+    """An evaluation of the fresh checkpoint on two toy benchmarks."""
+    folder = tmp_path_factory.mktemp("evaluation") / "out"
+    data = f"{world}/benchmarks/ToyMCQ.tsv,{world}/benchmarks/ToyVQA.tsv"
+    done = evaluate(
+        "--model_name_or_path", checkpoint, "--data_path", data, "--output_dir", folder, "--max_new_tokens", 6
     )
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
-def test_empty_options_are_left_out_and_a_hint_comes_first():
-    row = {**choice("A", A="one", B="", C=" ", D="four"), "hint": "Look up."}
-    assert question_text(row).startswith("Look up.\nWhat is it?\nA. one\nD. four\n")
+def test_results_predictions_and_sheets_say_the_same(finished, world, checkpoint):
+    results = json.loads((finished / "results.json").read_text())["benchmarks"]
+    assert list(results) == ["ToyMCQ", "ToyVQA"]
+    for name, found in results.items():
+        rows, lines = (
+            read_tsv(world / "benchmarks" / f"{name}.tsv"),
+            list(read_jsonl(finished / "predictions" / f"{name}.jsonl")),
+        )
+        assert [line["index"] for line in lines] == [row["index"] for row in rows]
+        assert found["value"] == pytest.approx(100 * sum(line["score"] for line in lines) / len(lines))
+        assert found["low"] <= found["value"] <= found["high"]
+        sheet = openpyxl.load_workbook(finished / "vlmevalkit" / "init" / f"init_{name}.xlsx").active
+        header, *cells = sheet.iter_rows(values_only=True)
+        assert (header[-1], "image" in header) == ("prediction", False)
+        assert [line[0] for line in cells] == [int(row["index"]) for row in rows]
+        assert [line[-1] or "" for line in cells] == [line["prediction"] for line in lines]
 
 
-def test_a_question_without_options_asks_for_a_short_answer():
-    row = {"index": "0", "question": "How many?", "answer": "3", "hint": ""}
-    assert question_text(row) == "How many?\nAnswer the question using a single word or phrase."
+def test_again_it_is_complete_and_ranks_give_the_same(finished, checkpoint, world, tmp_path):
+    data = f"{world}/benchmarks/ToyMCQ.tsv,{world}/benchmarks/ToyVQA.tsv"
+    common = ["--model_name_or_path", checkpoint, "--data_path", data, "--max_new_tokens", 6]
+    assert "already complete" in evaluate(*common, "--output_dir", finished).stdout
+    command = [sys.executable, "-m", "llava.eval.benchmarks", *map(str, common), "--output_dir", str(tmp_path / "two")]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": rank, "WORLD_SIZE": "2"})
+        for rank in "01"
+    ]
+    assert [process.wait(240) for process in ranks] == [0, 0]
+    assert len(list((tmp_path / "two" / "answers" / "ToyVQA").glob("shard-*.jsonl"))) == 2
+    for name in ("ToyMCQ", "ToyVQA"):
+        path = Path("predictions") / f"{name}.jsonl"
+        assert (tmp_path / "two" / path).read_text() == (finished / path).read_text()
 
 
-# What is correct
+def test_what_a_killed_run_answered_is_not_asked_again(world, tmp_path):
+    """A server that goes away after two answers; then one that comes back."""
+    data, folder = world / "benchmarks" / "ToyVQA.tsv", tmp_path / "out"
+
+    def once(number: int, _: dict):
+        return (200, completion([f"answer {number}"]), {}) if number < 2 else (401, {"error": {"message": "gone"}}, {})
+
+    def run(server) -> subprocess.CompletedProcess:
+        arguments = ["--base_url", server.base_url, "--model", "toy", "--batch_size", 1]
+        return evaluate(*arguments, "--data_path", data, "--output_dir", folder)
+
+    with Loopback(once) as server:
+        port = server.base_url
+        failed = run(server)
+        assert failed.returncode == 2
+        assert "the server refused us" in failed.stderr
+    kept = list(read_jsonl(folder / "answers" / "ToyVQA" / "shard-00000.jsonl"))
+    assert [line["prediction"] for line in kept] == ["answer 0", "answer 1"]
+    state = json.loads((folder / "run.json").read_text())
+    with Loopback(lambda *_: (200, completion(["red"]), {})) as server:
+        state["arguments"]["model"] = state["arguments"]["model"].replace(port, server.base_url)  # another port here
+        (folder / "run.json").write_text(json.dumps(state))
+        done = run(server)
+        assert done.returncode == 0, done.stderr
+        assert len(server.requests) == 2
+        content = server.requests[0]["messages"][0]["content"]
+        assert [part["type"] for part in content] == ["image_url", "text"]
+        assert server.requests[0]["temperature"] == 0
+    lines = list(read_jsonl(folder / "predictions" / "ToyVQA.jsonl"))
+    assert [line["prediction"] for line in lines] == ["answer 0", "answer 1", "red", "red"]
 
 
-@pytest.mark.parametrize(
-    "prediction",
-    ["B", "(B)", "B.", "B)", "(B).", " B ", "B: red circle", "B. red circle", "B, I think", "red circle", "Red circle.",
-     "the red  circle", "The answer is B", "The answer is (B).", "I see a circle.\nB",
-     "Step 4: Conclude the task with an answer.\nB"],
-)  # fmt: skip
-def test_forms_of_the_right_letter(prediction):
-    assert is_correct(choice("B"), prediction)
-    assert not is_correct(choice("A"), prediction)
+def test_a_model_is_needed_and_only_one(world, tmp_path):
+    common = ["--data_path", world / "benchmarks", "--output_dir", tmp_path / "out"]
+    assert "MODEL_PATH=checkpoint" in evaluate(*common).stderr
+    assert "needs --model" in evaluate(*common, "--base_url", "http://127.0.0.1:1/v1").stderr
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("prediction", ["", "b", "D", "(D)", "BA", "Blue", "blue circle", "red", "I think B", "C or B"])
-def test_anything_else_is_not_the_letter(prediction):
-    assert not is_correct(choice("B"), prediction)
+# A judge
 
 
-def test_a_sentence_that_begins_with_the_article_a_counts_as_option_a():
-    assert is_correct(choice("A"), "A red circle")
-    assert not is_correct(choice("B"), "A red circle")
-    assert is_correct(choice("B"), "An example\nred circle")
+def choice(number: int, answer: str) -> dict[str, str]:
+    return {"index": str(number), "question": "What is it?", "A": "cat", "B": "dog", "answer": answer, "category": "x"}
 
 
-def test_a_letter_without_an_option_is_compared_as_text():
-    row = choice("B", A="E", B="I")
-    assert is_correct(row, "I")
-    assert not is_correct(row, "E")
+def test_a_judge_is_asked_only_what_rules_cannot_read_and_only_once(tmp_path):
+    rows = [choice(0, "B"), choice(1, "B"), choice(2, "A")]
+    answers = {"0": "B", "1": "some barking thing", "2": "no idea"}
+
+    def verdict(_, body):
+        return 200, completion(["B" if "barking" in body["messages"][0]["content"] else "Z"]), {}
+
+    with Loopback(verdict) as server:
+        judge = Judge("judge-1", server.base_url, tmp_path)
+        alone = score("MMStar", rows, answers, None)[1]
+        assert (alone["value"], "judge" in alone) == (pytest.approx(100 / 3), False)
+        predictions, judged = score("MMStar", rows, answers, judge)
+        assert judged["value"] == pytest.approx(200 / 3)
+        assert [line["extracted"] for line in predictions] == ["B", "B", "Z"]
+        assert (judged["judge"]["model"], judged["judge"]["asked"], judged["judge"]["not_understood"]) == ("toy", 2, 0)
+        assert len(server.requests) == 2
+        assert score("MMStar", rows, answers, judge)[1] == judged
+        assert len(server.requests) == 2  # kept
 
 
-@pytest.mark.parametrize("answer", ["Yes", "No"])
-@pytest.mark.parametrize(
-    ("prediction", "said"),
-    [
-        ("Yes", "Yes"),
-        ("no.", "No"),
-        ("Yes, there is a dog", "Yes"),
-        ("There is none, so no", "No"),
-        ("yes and no", None),
-        ("Not sure", None),
-        ("Nothing known", None),
-        ("", None),
-        ("I see a dog.\nThe answer is yes.", "Yes"),
-    ],
-)
-def test_judgements_need_exactly_one_of_the_two_words(answer, prediction, said):
-    assert is_correct({"index": "0", "question": "Is it?", "answer": answer}, prediction) == (answer == said)
+def test_a_judge_that_talks_is_asked_three_times_and_then_marks_nothing(tmp_path):
+    with Loopback(lambda *_: (200, completion(["It depends."]), {})) as server:
+        judge = Judge("judge-1", server.base_url, tmp_path)
+        _, found = score("MMStar", [choice(0, "B")], {"0": "woof"}, judge)
+        assert (found["value"], found["judge"]["not_understood"]) == (0, 1)
+        assert [request["temperature"] for request in server.requests] == [0, 0.5, 1]
 
 
-@pytest.mark.parametrize(
-    ("answer", "prediction", "correct"),
-    [
-        ("3", "3", True),
-        ("3", "3.", True),
-        ("3", "The answer is 3", True),
-        ("3", "three", False),
-        ("3", "13", False),
-        ("3", "3 or 4", False),
-        ("top left", "The Top  Left.", True),
-        ("top left", "left top", False),
-        ("the red ring", "red ring", True),
-        ("A", "A", True),
-        ("A", "a.", True),
-        ("A", "", False),
-        ("3", "", False),
-    ],
-)
-def test_short_answers(answer, prediction, correct):
-    assert is_correct({"index": "0", "question": "q", "answer": answer}, prediction) is correct
-
-
-# Intervals
-
-
-def test_the_wilson_interval_by_hand():
-    # n = 10, p = 0.8, z = 1.96: middle (0.8 + 0.192) / 1.384 = 0.7167; half width 0.3138 / 1.384 = 0.2267
-    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
-    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-
-
-def test_the_summary_counts_and_never_leaves_zero_to_one():
-    result = summary([{"correct": True}] * 3 + [{"correct": False}])
-    assert (result["questions"], result["correct"], result["accuracy"]) == (4, 3, 0.75)
-    assert 0 < result["low"] < 0.75 < result["high"] < 1
-    assert summary([{"correct": False}])["low"] == 0
-    assert summary([{"correct": True}])["high"] == 1
-
-
-def test_the_toy_benchmarks_are_answered_fully_by_their_own_answers(world):
-    paths = sorted((world / "benchmarks").glob("*.tsv"))
-    assert [path.stem for path in paths] == ["ToyCount", "ToyMCQ", "ToyOCR", "ToyPOPE", "ToyRelation", "ToyVQA"]
-    for path in paths:
-        rows = read_tsv(path)
-        assert len(rows) == 4
-        assert bool(options_of(rows[0])) == (path.stem == "ToyMCQ")
-        for row in rows:
-            assert is_correct(row, row["answer"])
-            assert not is_correct(row, "something else")
-            [image] = images_of_row(row, {}, world)
-            assert image.mode == "RGB"
+def test_grades_of_mmvet_come_from_the_judge_alone(tmp_path):
+    row = {"index": "1", "question": "x?", "answer": "-1<AND>-5", "category": "math"}
+    rule = rule_for("MMVet", [row])
+    assert read_verdict("grade", rule, row, " 0.5.") == (" 0.5.", 0.5)
+    assert [read_verdict("grade", rule, row, text)[1] for text in ("1.0", "0", "1.5", "half", "-0.1")] == [
+        1,
+        0,
+        None,
+        None,
+        None,
+    ]
+    assert "Right answer: -1<AND>-5\nAnswer: {x}\n" in filled("Right answer: {right}\nAnswer: {answer}\n", row, "{x}")
+    with Loopback(lambda *_: (200, completion(["0.7"]), {})) as server:
+        _, found = score("MMVet", [row], {"1": "-1 and -5"}, Judge("j", server.base_url, tmp_path))
+        assert found["value"] == 70
+    assert score("MMVet", [row], {"1": "-1 and -5"}, None)[1] | {"details": {}, "low": 0, "high": 0} == {
+        "questions": 1, "metric": "accuracy", "value": 100.0, "low": 0, "high": 0, "total": "mean",
+        "scored_by": "parts found, no judge", "details": {},
+    }  # fmt: skip

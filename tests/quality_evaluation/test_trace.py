@@ -13,7 +13,7 @@ from llava.errors import UserError
 from llava.prompts import COD_HEADINGS, render_steps
 from llava.records import sha256_of, write_records
 from llava.runs import open_run
-from quality_evaluation import curate, lineage, trace
+from quality_evaluation import curate, lineage, pairs, trace
 from tests.loopback import Loopback, completion
 from training_data_annotation import annotate_captions, convert_reasoning
 
@@ -208,6 +208,39 @@ def test_what_is_gone_is_named(shown, work):
     text = shown("7")
     assert "unlabelled.json: a run read it, it is no longer here" in text
     assert "kept:" in text
+
+
+@pytest.fixture
+def paired(work, monkeypatch) -> Path:
+    """The same with a preference pair of the annotated record why-1-cot."""
+    annotated, noisy = work / "annotated/cot/cot.jsonl", work / "candidates/noisy"
+    with open_run(noisy, "generate responses", {"corruptions": ["mask"]}, [annotated]) as run:
+        row = {**json.loads(annotated.read_text()), "candidates": [candidate("It is blue.", 4, corruption="mask")]}
+        write_records(noisy / "candidates.jsonl", [row])
+        run.finish(noisy)
+    sources = ["--annotated", annotated, "--corrupted", noisy / "candidates.jsonl"]
+    images = ["--image_folder", work.parent.parent / "data"]
+    command(monkeypatch, pairs, *sources, *images, "--output_dir", work / "pairs")
+    return work
+
+
+@pytest.mark.parametrize("identifier", ["why-1", "why-1-cot", "why-1-cot-corrupted"])
+def test_a_preference_pair_from_source_to_both_sides(shown, paired, identifier):
+    text = shown(identifier)
+    data = paired.parent.parent / "data"
+    for part in (
+        f"source    {data / 'reasoning.jsonl'}: why-1\n",
+        "convert reasoning, complete",
+        f"annotated {paired}/annotated/cot/cot.jsonl: why-1-cot\n",
+        "seed 1004, corruption mask",
+        f"pair      {paired}/pairs/pairs.jsonl: why-1-cot-corrupted\n",
+        f"a preference pair, corrupted, of why-1-cot in {paired}/annotated/cot/cot.jsonl",
+        "chosen: origin annotation, stage convert, source why-1",
+        "rejected: origin candidate, record why-1-cot",
+    ):
+        assert text.count(part) == 1, part
+    assert text.index("source ") < text.index("annotated ") < text.index("generated ") < text.index("pair  ")
+    assert "It is blue." in text
 
 
 def test_an_id_in_two_sources_shows_both(shown, work, monkeypatch):

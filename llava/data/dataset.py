@@ -61,6 +61,15 @@ class ConversationDataset(Dataset):
                 raise UserError(f"{path} holds no records. Fix: check the stage that should have written it")
             self.folders += [image_folder or str(Path(path).parent)] * (len(self.records) - before)
 
+    @classmethod
+    def of(
+        cls, records: list[Record], folders: list[str], processor: LlavaUHDProcessor | None, max_length: int
+    ) -> "ConversationDataset":
+        """Records that are at hand, each with the folder of its images."""
+        made = cls([], processor, max_length=max_length)
+        made.records, made.folders = records, folders
+        return made
+
     def __len__(self) -> int:
         return len(self.records)
 

@@ -24,9 +24,13 @@ from llava.model.vision import SliceEncoder
 
 @dataclass
 class LlavaUHDOutput(ModelOutput):
-    """`logits` is None when labels were given: the loss needs logits only where there is a label."""
+    """`logits` is None when labels were given: the loss needs logits only where there is a label.
+
+    `token_losses`, when asked for instead of the loss: (N,) -log p of every label, row by row.
+    """
 
     loss: Tensor | None = None
+    token_losses: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -102,6 +106,14 @@ class LlavaUHDModel(LlavaUHDPreTrainedModel):
             raise ValueError(f"grids describe {start} slices (overviews included), slice_shapes holds {len(tokens)}")
         return torch.cat(pieces)
 
+    def tokens_of_images(self, slice_shapes: Tensor, grids: Tensor) -> list[int]:
+        """How many image tokens each image has, separators not counted."""
+        shapes = iter(slice_shapes.tolist())
+        return [
+            sum(self.projector.tokens(tuple(next(shapes))) for _ in range(rows * columns + 1))
+            for rows, columns in grids.tolist()
+        ]
+
     def stitch(self, slices: Sequence[Tensor], rows: int, columns: int, shape: tuple[int, int]) -> Tensor:
         """Slices of a rows x columns grid, each (h*w, C), as one row-major map (rows*h*columns*w, C)."""
         if isinstance(self.projector, SpatialResampler):
@@ -128,6 +140,7 @@ class LlavaUHDModel(LlavaUHDPreTrainedModel):
         pixel_values: Tensor | None = None,
         slice_shapes: Tensor | None = None,
         grids: Tensor | None = None,
+        image_copies: Tensor | None = None,
         cu_seq_lens: Tensor | None = None,
         **kwargs,
     ):
@@ -138,6 +151,9 @@ class LlavaUHDModel(LlavaUHDPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
             if pixel_values is not None:
                 features = self.encode_images(pixel_values, slice_shapes, grids).to(inputs_embeds.dtype)
+                if image_copies is not None:
+                    images = features.split(self.tokens_of_images(slice_shapes, grids))
+                    features = torch.cat([images[number] for number in image_copies.tolist()])
                 if len(features) != int(placeholders.sum()):
                     raise ValueError(
                         f"{int(placeholders.sum())} image placeholders in input_ids, but {len(features)} image features "
@@ -192,6 +208,7 @@ class LlavaUHDForConditionalGeneration(LlavaUHDPreTrainedModel, GenerationMixin)
         slice_shapes: Tensor | None = None,
         grids: Tensor | None = None,
         labels: Tensor | None = None,
+        token_losses: bool = False,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
@@ -202,7 +219,9 @@ class LlavaUHDForConditionalGeneration(LlavaUHDPreTrainedModel, GenerationMixin)
             input_ids: (B, T) with `image_token_id` where image features go.
             pixel_values, slice_shapes, grids: see `LlavaUHDModel.encode_images`; all three or none.
             labels: (B, T), -100 where nothing is learned. Only positions with a label reach the LM head.
-            kwargs: `cu_seq_lens` of a packed batch (B = 1), see `data/collator.py`; anything the language model takes.
+            token_losses: give every label's own loss, not their sum.
+            kwargs: `cu_seq_lens` of a packed batch (B = 1), see `data/collator.py`; `image_copies`, the images in the
+                order in which they are shown, where one is shown several times; anything the language model takes.
             num_items_in_batch: labelled tokens of the whole (accumulated) batch; the loss is the sum over tokens
                 divided by it, or the mean when absent.
         """
@@ -220,17 +239,21 @@ class LlavaUHDForConditionalGeneration(LlavaUHDPreTrainedModel, GenerationMixin)
             **kwargs,
         )
         hidden = outputs.last_hidden_state  # (B, T, C)
-        loss = logits = None
+        loss = logits = losses = None
         if labels is None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])
         else:
             targets = labels[:, 1:]
             labelled = targets != -100
-            total = self.lm_head(hidden[:, :-1][labelled], targets[labelled])
-            loss = total / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
+            found = self.lm_head(hidden[:, :-1][labelled], targets[labelled], each=token_losses)
+            if token_losses:
+                losses = found
+            else:
+                loss = found / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
         return LlavaUHDOutput(
             loss=loss,
+            token_losses=losses,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -253,7 +276,7 @@ class LlavaUHDForConditionalGeneration(LlavaUHDPreTrainedModel, GenerationMixin)
         patches = iter(pixel_values.split(slice_shapes.prod(1).tolist()))
         shapes = slice_shapes.split(slices_per_image)
         pixels = [torch.cat([next(patches) for _ in range(count)]) for count in slices_per_image]
-        tokens = [sum(self.model.projector.tokens(tuple(shape)) for shape in group.tolist()) for group in shapes]
+        tokens = self.model.tokens_of_images(slice_shapes, grids)
         order, image = [], 0
         for wanted in (input_ids == self.config.image_token_id).sum(1).tolist():
             start, found = image, 0

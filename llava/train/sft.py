@@ -6,49 +6,28 @@ The stages differ only in flags: what trains, on what, how fast.
     writes  a checkpoint folder: weights, config, processor, run.json, log.jsonl, loss.png, checkpoint-N while running
 """
 
-import logging
-import os
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
-from llava.errors import UserError, run_command
-from llava.train.arguments import DataArguments, ModelArguments, parse_arguments, planned_world_size
-
-DEFAULTS = {
-    "remove_unused_columns": False,  # the collator needs every column
-    "label_names": "labels",
-    "ddp_find_unused_parameters": False,
-    "save_total_limit": 2,
-    "logging_steps": 10,
-    "logging_nan_inf_filter": False,  # the trainer's guard stops on a loss that is no number
-    "logging_first_step": True,
-    "dataloader_num_workers": min(4, os.cpu_count() // 2),
-}
+from llava.errors import run_command
+from llava.train.arguments import DataArguments, ModelArguments, planned_world_size
+from llava.train.stage import (
+    attend_within_samples,
+    carry_on,
+    lora_of,
+    measured_sizes,
+    open_model,
+    pack_sampler,
+    run_stage,
+    write_preflight,
+)
 
 
 def main() -> None:
-    model_arguments, data_arguments, training_arguments = parse_arguments(
-        "llava.train.sft", __doc__, ModelArguments, DataArguments, defaults=DEFAULTS
-    )
-    from llava.runs import PREEMPTED, Preempted, rank
+    run_stage("llava.train.sft", __doc__, (ModelArguments, DataArguments), preflight, run_training, inputs)
 
-    logging.basicConfig(level=logging.INFO if rank() == 0 else logging.ERROR, format="%(message)s")
-    for library in ("httpx", "httpx2", "matplotlib", "PIL"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    if data_arguments.dry_run:
-        preflight(model_arguments, data_arguments, training_arguments)
-        return
-    try:
-        train(model_arguments, data_arguments, training_arguments)
-    except Preempted as preempted:
-        print(f"asked to leave; {preempted}. The same command continues there", file=sys.stderr)
-        sys.exit(PREEMPTED)
-    import torch.distributed as distributed
 
-    if distributed.is_available() and distributed.is_initialized():  # leave together: an early leaver aborts the rest
-        distributed.barrier()
-        distributed.destroy_process_group()
+def inputs(model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments) -> list[str]:
+    return [model_arguments.model_name_or_path, *data_arguments.data_path.split(",")]
 
 
 def open_dataset(model_arguments: ModelArguments, data_arguments: DataArguments, processor):
@@ -102,89 +81,12 @@ def preflight(model_arguments: ModelArguments, data_arguments: DataArguments, tr
     print(f"writes       {training_arguments.output_dir} (nothing was written)")
 
 
-def train(model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments) -> None:
-    import shutil
-
-    from llava.model.load import check_checkpoint
-    from llava.runs import join_run, open_run, rank
-
-    output = Path(training_arguments.output_dir)
-    check_engine(model_arguments, training_arguments)
-    check_checkpoint(model_arguments.model_name_or_path)
-    stage = f"train {output.name}"
-    names = (
-        "learning_rate",
-        "num_train_epochs",
-        "max_steps",
-        "seed",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-    )
-    identity = {
-        **asdict(model_arguments),
-        **asdict(data_arguments),
-        **{name: getattr(training_arguments, name) for name in (*names, "max_grad_norm")},
-        "global_batch_size": training_arguments.per_device_train_batch_size
-        * training_arguments.gradient_accumulation_steps
-        * training_arguments.world_size,
-    }
-    del identity["recompute"]  # changes memory and time alone, and may be changed when memory ran out
-    inputs = [model_arguments.model_name_or_path, *data_arguments.data_path.split(",")]
-    if rank() != 0:
-        if not join_run(output, stage, identity, inputs):
-            run_training(model_arguments, data_arguments, training_arguments)
-        return
-    with open_run(output, stage, identity, inputs) as run:
-        if run.complete:
-            print(f"[{run.stage}] already complete -> {output}")
-            return
-        run.state["training_arguments"] = training_arguments.to_sanitized_dict()
-        samples, steps = run_training(model_arguments, data_arguments, training_arguments)
-        run.finish(output, samples=samples, steps=steps)
-        for checkpoint in output.glob("checkpoint-*"):  # optimizer state is of no use any more
-            shutil.rmtree(checkpoint)
-
-
-def check_engine(model_arguments: ModelArguments, training_arguments) -> None:
-    """Refuse combinations that would quietly do something else."""
-    import torch
-
-    if training_arguments.fsdp and not torch.cuda.is_available():
-        raise UserError(
-            "--fsdp works on GPUs alone; on a CPU accelerate would quietly run plain data parallelism. "
-            "Fix: drop it, or use --deepspeed"
-        )
-    if model_arguments.lora_rank and training_arguments.deepspeed and training_arguments.hf_deepspeed_config.is_zero3():
-        raise UserError("--lora_rank cannot be merged under ZeRO-3. Fix: DEEPSPEED_CONFIG=training_scripts/zero2.json")
-    if model_arguments.lora_rank and training_arguments.fsdp:
-        raise UserError("--lora_rank does not go with --fsdp. Fix: DEEPSPEED_CONFIG=training_scripts/zero2.json")
-    if model_arguments.four_bit and not model_arguments.lora_rank:
-        raise UserError(
-            "--four_bit alone has nothing to train: 4-bit weights stay as they are. Fix: add --lora_rank 16"
-        )
-    if model_arguments.four_bit and (training_arguments.deepspeed or training_arguments.fsdp):
-        raise UserError("--four_bit runs without DeepSpeed and FSDP. Fix: DEEPSPEED_CONFIG=none")
-    if model_arguments.recompute not in ("selective", "full"):
-        raise UserError(f"--recompute {model_arguments.recompute!r} is neither selective nor full")
-
-
 def run_training(model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments) -> tuple[int, int]:
     """Train to the end, continuing from the newest complete checkpoint; returns (samples, steps)."""
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
     from llava.data.collator import Collator
     from llava.model.load import load_processor
-    from llava.runs import Preempted
     from llava.train.preflight import report
-    from llava.train.trainer import (
-        JsonlLog,
-        LossBar,
-        Preemption,
-        SupervisedTrainer,
-        last_complete_checkpoint,
-        plot_loss,
-    )
+    from llava.train.trainer import JsonlLog, SupervisedTrainer
 
     output = Path(training_arguments.output_dir)
     dataset = open_dataset(model_arguments, data_arguments, load_processor(model_arguments.model_name_or_path))
@@ -196,9 +98,8 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
         packs = pack_sampler(costs, training_arguments, training_arguments.process_index, world)
         attend_within_samples(model)
     if training_arguments.process_index == 0:
-        lines = os.environ.get("LAUNCH_VARIABLES", "").splitlines()
-        lines += report(dataset, sizes, packs, model, training_arguments, world, model_arguments.four_bit)
-        (output / "preflight.txt").write_text("".join(f"{line}\n" for line in lines))
+        four_bit = model_arguments.four_bit
+        write_preflight(output, report(dataset, sizes, packs, model, training_arguments, world, four_bit))
     trainer = SupervisedTrainer(
         model=model,
         args=training_arguments,
@@ -209,130 +110,8 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
         save_trained_only=bool(lora),
         callbacks=[JsonlLog(output)],
     )
-    preemption = Preemption()
-    trainer.add_callback(preemption)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(LossBar)
-    checkpoint = last_complete_checkpoint(output)
-    if checkpoint:
-        logging.getLogger(__name__).info("continuing from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if preemption.asked and trainer.state.global_step < trainer.state.max_steps:
-        raise Preempted(f"saved at step {trainer.state.global_step}")
-    save_result(trainer, lora, model_arguments)
-    if trainer.is_world_process_zero():
-        plot_loss(output)
+    carry_on(trainer, lora, model_arguments)
     return len(dataset), trainer.state.global_step
-
-
-def open_model(model_arguments: ModelArguments, training_arguments):
-    """The model with its parts frozen, recomputation and kernels in place, and its LoRA additions (or None)."""
-    import torch
-    from transformers import set_seed
-
-    from llava.model.load import load_model
-    from llava.train.lora import four_bit
-    from llava.train.parts import set_trainable
-    from llava.train.recompute import checkpointing_kwargs
-
-    if training_arguments.deepspeed:  # ZeRO-3 splits parameters while they are loaded, and must know its ranks by then
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
-    dtype = torch.bfloat16 if training_arguments.deepspeed and training_arguments.bf16 else torch.float32
-    model = load_model(
-        model_arguments.model_name_or_path,
-        dtype=dtype,
-        attn_implementation=model_arguments.attn_implementation,
-        quantization_config=four_bit(torch.bfloat16 if training_arguments.bf16 else dtype)
-        if model_arguments.four_bit
-        else None,
-    )
-    set_trainable(model, model_arguments.train_parts.split(","))
-    set_seed(training_arguments.seed)  # LoRA starts from random numbers
-    lora = lora_of(model, model_arguments) if model_arguments.lora_rank else None
-    if training_arguments.gradient_checkpointing:
-        # with DeepSpeed 0.19's ZeRO-3, which replaces the linear function, keeping products gave other losses
-        zero3 = training_arguments.deepspeed and training_arguments.hf_deepspeed_config.is_zero3()
-        selective = model_arguments.recompute == "selective" and not zero3
-        model.gradient_checkpointing_enable(checkpointing_kwargs(selective))
-        training_arguments.gradient_checkpointing = False  # done; the Trainer would do it again, its own way
-    if training_arguments.use_liger_kernel:
-        fuse(model)
-        training_arguments.use_liger_kernel = False  # done; the Trainer does not know the model
-    return model, lora
-
-
-def save_result(trainer, lora, model_arguments: ModelArguments) -> None:
-    """Write the complete checkpoint, additions merged in."""
-    import torch
-
-    from llava.model.load import load_model
-    from llava.train.lora import merge, merge_into
-
-    if not model_arguments.four_bit:
-        if lora:
-            merge(lora)
-        trainer.save_trained_only = False
-        trainer.save_model()
-    elif trainer.is_world_process_zero():
-        whole = load_model(model_arguments.model_name_or_path, dtype=torch.float32)
-        merge_into(whole, trainer.model.cpu())
-        whole.save_pretrained(trainer.args.output_dir)
-        trainer.processing_class.save_pretrained(trainer.args.output_dir)
-
-
-def lora_of(model, arguments: ModelArguments):
-    from llava.train.lora import add_lora
-
-    return add_lora(model, arguments.lora_rank, arguments.lora_alpha or 2 * arguments.lora_rank, arguments.lora_dropout)
-
-
-def pack_sampler(costs: list[float], training_arguments, rank: int, world: int):
-    """Which samples train together, for this rank."""
-    from llava.data.packing import PackSampler
-
-    accumulation = training_arguments.gradient_accumulation_steps
-    samples = training_arguments.per_device_train_batch_size * accumulation * world
-    return PackSampler(costs, samples, accumulation, rank, world, training_arguments.seed)
-
-
-def fuse(model) -> None:
-    """Liger's fused kernels (arXiv 2410.10989) for the language model's layers and the loss."""
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError as error:
-        raise UserError(
-            f"--use_liger_kernel: {error}. Fix: run `bash training_scripts/setup.sh train liger`"
-        ) from error
-    from transformers.integrations.liger import apply_liger_kernel
-
-    apply_liger_kernel(model.model.language_model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
-    model.lm_head.fused_loss = LigerFusedLinearCrossEntropyLoss(reduction="sum").forward  # a module would be registered
-
-
-def attend_within_samples(model) -> None:
-    """Let the language model read packed rows: through `packed_sdpa`, unless it has flash attention."""
-    from llava.model.packed_attention import PACKED_SDPA
-
-    text = model.model.language_model
-    if text.config._attn_implementation != "flash_attention_2":
-        text.config._attn_implementation = PACKED_SDPA
-
-
-def measured_sizes(dataset, training_arguments):
-    """`dataset.sizes()`, measured by rank 0 alone and kept in the output folder for the others and for a restart."""
-    import numpy as np
-
-    saved = Path(training_arguments.output_dir) / "sample_sizes.npy"
-    with training_arguments.main_process_first(local=False, desc="measuring samples"):
-        sizes = np.load(saved) if saved.is_file() else dataset.sizes(progress=training_arguments.process_index == 0)
-        if training_arguments.process_index == 0 and not saved.is_file():
-            partial = saved.with_suffix(".partial.npy")
-            np.save(partial, sizes)
-            partial.replace(saved)
-    return sizes
 
 
 def sample_costs(model, dataset, sizes) -> list[float]:

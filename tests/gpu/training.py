@@ -36,7 +36,7 @@ from llava.model.resampler import pooled_size
 from llava.model.slicing import plan_slices
 from llava.train.parts import PARTS, set_trainable
 from llava.train.recompute import checkpointing_kwargs
-from llava.train.sft import fuse
+from llava.train.stage import fuse
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -181,7 +181,7 @@ def measure(model, row: dict, peak: float | None, tiny: bool) -> dict:
         _, batch = make_batch(model.config, stage, 2, seed=0, packing=False)
         plain = loss_of(model, batch).item()
         fuse(model)
-        assert model.lm_head.fused_loss is not None, "llava.train.sft.fuse left the head without Liger's loss"
+        assert model.lm_head.fused_loss is not None, "llava.train.stage.fuse left the head without Liger's loss"
         assert math.isclose(loss_of(model, batch).item(), plain, rel_tol=2e-3), plain
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if row["AdamW"] else None
     torch.cuda.reset_peak_memory_stats() if GPU else None

@@ -1,5 +1,6 @@
 """Every script through bash: missing variables explain themselves, dry runs go through the real parsers."""
 
+import json
 import os
 import subprocess
 import time
@@ -37,6 +38,7 @@ REQUIRED = {
     "training_scripts/uhdv1-pretrain-qwen-stage1-align.sh": ["EXPERIMENT_NAME", "DATA_PATH", "LLM_CKPT_DIR", "CLIP_CKPT_DIR"],
     "training_scripts/uhdv1-finetune-qwen-stage15-sft.sh": ["EXPERIMENT_NAME", "DATA_PATH", "MM_PROJECTOR_CHECKPOINT"],
     "training_scripts/uhdv1-finetune-qwen-stage2-sft.sh": ["EXPERIMENT_NAME", "DATA_PATH", "PREV_STAGE_CHECKPOINT"],
+    "training_scripts/dpo.sh": ["EXPERIMENT_NAME", "DATA_PATH", "PREV_STAGE_CHECKPOINT"],
     "training_scripts/evaluate.sh": ["MODEL_PATH", "DATA_PATH"],
     "training_scripts/run_sicog.sh": [
         "EXPERIMENT_NAME", "LLM_CKPT_DIR", "CLIP_CKPT_DIR", "ALIGN_DATA", "SFT_DATA", "ORIGINAL_CAPTION_FILE",
@@ -155,12 +157,56 @@ def test_dry_run_of_generation_curation_and_evaluation(world, checkpoint, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["candidates.jsonl"]
 
 
+def test_dry_run_of_preference_training(world, checkpoint, tmp_path):
+    pair = {"id": "1", "prompt": "Hi", "chosen": "Hello.", "rejected": "No."}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    out = dry("training_scripts/dpo.sh", EXPERIMENT_NAME="my run", OUTPUT_DIR=tmp_path / "out", PREV_STAGE_CHECKPOINT=checkpoint,
+              DATA_PATH=tmp_path / "pairs.jsonl", DPO_BETA="0.2")  # fmt: skip
+    assert "1 x sigmoid (beta 0.2) + 1 x loss of the chosen answer" in out
+    assert "global batch 128" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_one_command_evaluates_in_three_ways(world, checkpoint, tmp_path):
+    kit = tmp_path / "kit"
+    for name, text in (("run.py", ""), ("vlmeval/config.py", "supported_VLM = {}"), ("vlmeval/vlm/base.py", "")):
+        (kit / name).parent.mkdir(parents=True, exist_ok=True)
+        (kit / name).write_text(text)
+    script, local = "training_scripts/evaluate.sh", {"MODEL_PATH": checkpoint, "OUTPUT_DIR": tmp_path / "out"}
+    out = dry(
+        script, BACKEND="vlmevalkit", VLMEVALKIT_DIR=kit, BENCHMARK="MMStar,POPE", JUDGE="exact_matching", **local
+    )
+    assert (
+        f"run.py --data MMStar POPE --model init --work-dir {tmp_path}/out --mode all --judge exact_matching --reuse"
+        in out
+    )
+    out = dry(script, BACKEND="lmms-eval", BENCHMARK="mme,mmstar", **local)
+    assert "-m lmms_eval --model llava_uhd --model_args pretrained=" in out
+    assert "--tasks mme,mmstar --batch_size 16" in out
+    served = {"BASE_URL": "http://127.0.0.1:8000/v1", "MODEL": "name", "OUTPUT_DIR": tmp_path / "out"}
+    out = dry(script, DATA_PATH=world / "benchmarks", **served)
+    assert "--base_url http://127.0.0.1:8000/v1 --model name" in out
+    assert "ToyMCQ" in out
+    out = dry(script, BACKEND="lmms-eval", BENCHMARK="mme", **served)
+    assert "--model openai --model_args model=name,base_url=http://127.0.0.1:8000/v1" in out
+    assert "benchmarks as vlmevalkit names them" in bash(script, expect=1, BACKEND="vlmevalkit", **local).stderr
+    assert "is none of own, vlmevalkit, lmms-eval" in bash(script, expect=2, BACKEND="x", BENCHMARK="a", **local).stderr
+    sharded = bash(script, DRY_RUN="print", DATA_PATH=world / "benchmarks", NPROC_PER_NODE=4, **local).stdout
+    assert "torch.distributed.run --standalone --nproc-per-node 4 -m llava.eval.benchmarks" in sharded
+
+
 def test_dry_run_of_the_whole_cycle_names_every_stage(world):
     variables = dict.fromkeys(REQUIRED["training_scripts/run_sicog.sh"], str(world)) | {"EXPERIMENT_NAME": "x"}
     out = bash("training_scripts/run_sicog.sh", DRY_RUN="1", **variables).stdout
     assert [line for line in out.splitlines() if line.startswith("---")][-1].startswith("--- 9/9")
     assert out.count("-m llava.train.sft") == 6
     assert out.count("-m llava.generate.") == 2
+    assert not (ROOT / "runs" / "x").exists()
+    out = bash("training_scripts/run_sicog.sh", DRY_RUN="1", PREFERENCE=1, AUGMENT_METHODS="mask", **variables).stdout
+    assert out.count("-m llava.train.dpo") == out.count("-m quality_evaluation.pairs") == 2
+    assert out.count("--augment mask") == 2  # the noisy answers alone
+    assert "--model_name_or_path runs/x/perception-dpo --data_path" in out
+    assert "--model_name_or_path runs/x/reasoning-dpo --data_path" in out
     assert not (ROOT / "runs" / "x").exists()
 
 

@@ -12,7 +12,6 @@ source training_scripts/launch.sh
 : "${DATA_PATH:?preference pairs of quality_evaluation.pairs, for example DATA_PATH=runs/pairs/pairs.jsonl}"
 : "${PREV_STAGE_CHECKPOINT:?the warmed-up checkpoint folder, for example PREV_STAGE_CHECKPOINT=model_weight/reasoning}"
 require_path PREV_STAGE_CHECKPOINT
-rename_variable DPO_RANK_BATCH DPO_BATCH
 batch_flags 128
 
 launch llava.train.dpo \

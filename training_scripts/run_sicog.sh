@@ -7,6 +7,7 @@
 #           UNLABELLED_IMAGES UNLABELLED_QUESTIONS   what the model improves on
 #           TEXT_ONLY_DATA (optional)              text-only records mixed into stage 1.5
 #           BENCHMARKS                             folder of VLMEvalKit TSVs
+#           PREFERENCE=1 (optional)                train the generators by DPO before they generate (paper, DPO variants)
 #   writes  runs/$EXPERIMENT_NAME/: one folder per stage, table.md, table.xlsx, report.html
 #   usage   see README.md, "Your own data and weights"
 set -euo pipefail
@@ -52,10 +53,31 @@ OUTPUT_DIR=$work/perception PREV_STAGE_CHECKPOINT=$work/base \
 OUTPUT_DIR=$work/reasoning PREV_STAGE_CHECKPOINT=$work/base \
     DATA_PATH=$work/annotated/cot/cot.jsonl,$work/annotated/short/short.jsonl bash $train-finetune-qwen-stage0-warmup.sh
 
+perception=$work/perception reasoning=$work/reasoning
+if [[ "${PREFERENCE:-0}" == 1 ]]; then
+    step "4/9 preference: prefer the annotations to what the generators say of corrupted images (DPO)"
+    prefer() { # name of the generator, annotated records
+        local checkpoint=$work/$1 noisy=$work/noisy/$1 pairs=$work/pairs/$1
+        OUTPUT_DIR=$noisy MODEL_PATH=$checkpoint DATA_PATH=$2 PROMPT=default N_CANDIDATES=1 \
+            AUGMENT_METHODS=${AUGMENT_METHODS:-gaussian_blur,color_jitter,mirror_rotation,mask} \
+            bash recap_scripts/reasoning_inference.sh
+        (
+            source training_scripts/launch.sh
+            single quality_evaluation.pairs --annotated "$2" --corrupted "$noisy/candidates.jsonl" \
+                --image_folder "$IMAGE_FOLDER" --output_dir "$pairs"
+        )
+        OUTPUT_DIR=$checkpoint-dpo PREV_STAGE_CHECKPOINT=$checkpoint DATA_PATH=$pairs/pairs.jsonl \
+            bash training_scripts/dpo.sh
+    }
+    prefer perception "$work/annotated/cod/cod.jsonl"
+    prefer reasoning "$work/annotated/cot/cot.jsonl"
+    perception=$work/perception-dpo reasoning=$work/reasoning-dpo
+fi
+
 step "5/9 generate: three captions per image, three responses per question (two in steps, one direct)"
-OUTPUT_DIR=$work/candidates/captions MODEL_PATH=$work/perception DATA_PATH=$UNLABELLED_IMAGES \
+OUTPUT_DIR=$work/candidates/captions MODEL_PATH=$perception DATA_PATH=$UNLABELLED_IMAGES \
     PROMPT=cod-default,default N_CANDIDATES=2,1 bash recap_scripts/recap_inference.sh
-OUTPUT_DIR=$work/candidates/responses MODEL_PATH=$work/reasoning DATA_PATH=$UNLABELLED_QUESTIONS \
+OUTPUT_DIR=$work/candidates/responses MODEL_PATH=$reasoning DATA_PATH=$UNLABELLED_QUESTIONS AUGMENT_METHODS='' \
     PROMPT=cot-default,default N_CANDIDATES=2,1 bash recap_scripts/reasoning_inference.sh
 
 step "6/9 curate: keep what agrees with itself"

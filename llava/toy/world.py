@@ -11,6 +11,7 @@
 | text_only.jsonl | text-only rows for the stage 1.5 mix |
 | unlabelled_images.json | images to caption |
 | unlabelled_questions.json | image-question pairs to answer |
+| references.jsonl | what the unlabelled images show, to measure captions by |
 | benchmarks/*.tsv | VLMEvalKit TSVs: base64 image, question, options, answer |
 | truth.jsonl | what each image shows, read only by the offline annotator |
 
@@ -161,6 +162,17 @@ class World:
             for scene in self.scenes["unlabelled_images"]
         ]
 
+    def references(self) -> list[dict]:
+        """What the unlabelled images show: a true description and the objects, to measure generated captions by."""
+        return [
+            {
+                "id": f"unlabelled_images-{scene.seed:08d}",
+                "captions": [texts.description(scene)],
+                "objects": [thing.name for thing in scene.things],
+            }
+            for scene in self.scenes["unlabelled_images"]
+        ]
+
     def unlabelled_questions(self) -> list[dict]:
         records = []
         for scene in self.scenes["unlabelled_questions"]:
@@ -200,6 +212,7 @@ def build(folder: str | Path, seed: int = 0, scale: float = 1.0, questions: int 
     write_json(folder / "instructions.json", world.instructions())
     write_json(folder / "unlabelled_images.json", world.unlabelled_images())
     write_json(folder / "unlabelled_questions.json", world.unlabelled_questions())
+    write_records(folder / "references.jsonl", world.references())
     (folder / "benchmarks").mkdir(exist_ok=True)
     for name, rows in world.benchmarks().items():
         columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -43,7 +43,7 @@ def read_results(folder: str | Path) -> dict[str, Entry]:
         return ours(folder)
     if folder.is_dir():
         if found := sorted(folder.rglob("*_results.json"), key=lambda path: path.name):
-            return lmms_eval(found[-1])
+            return lmms(found[-1])
         if entries := vlmevalkit(folder):
             return entries
     raise UserError(
@@ -143,7 +143,7 @@ def sheet_rows(path: Path) -> Iterator[dict[str, str]]:
     book.close()
 
 
-def lmms_eval(path: Path) -> dict[str, Entry]:
+def lmms(path: Path) -> dict[str, Entry]:
     found: dict[str, Any] = json.loads(path.read_text())
     entries = {}
     for task, numbers in found.get("results", {}).items():

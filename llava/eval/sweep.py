@@ -10,8 +10,9 @@
             sweep.json    a list of name, step (or round), benchmark, value, low, high
             sweep.png     a panel a benchmark: the number with its 95% interval over steps or rounds
 
-What is complete is not evaluated again. Training keeps only its newest checkpoints, and none once it is finished: a sweep
-that is started again while training goes on adds those that are new, and keeps what it measured of those that are gone.
+What is complete is not evaluated again. Training keeps its two newest checkpoints, and none once it is finished, unless
+`--save_total_limit 20` keeps more (`--save_only_model True` makes them small, but then nothing can be resumed). A sweep
+that is started again while training goes on adds what is new, and keeps what it measured of checkpoints that are gone.
 LoRA's checkpoints hold only what trains; they are merged into the model that the run started from while they are asked.
 """
 

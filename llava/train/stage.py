@@ -106,8 +106,9 @@ def train(arguments: Arguments, work: Callable[..., tuple[int, int]], inputs: li
         run.state["training_arguments"] = training_arguments.to_sanitized_dict()
         samples, steps = work(*arguments)
         run.finish(output, samples=samples, steps=steps)
-        for checkpoint in output.glob("checkpoint-*"):  # optimizer state is of no use any more
-            shutil.rmtree(checkpoint)
+        if training_arguments.save_total_limit == DEFAULTS["save_total_limit"]:  # more were not asked for
+            for checkpoint in output.glob("checkpoint-*"):  # optimizer state is of no use any more
+                shutil.rmtree(checkpoint)
 
 
 def check_engine(model_arguments: ModelArguments, training_arguments) -> None:

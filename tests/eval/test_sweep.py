@@ -341,9 +341,8 @@ def train(checkpoint: Path, world: Path, output: Path, *flags: str) -> Path:
     """Three steps, whose checkpoints stay."""
     few = world / "few.json"
     few.write_text(json.dumps(json.loads((world / "instructions.json").read_text())[:12]))
-    keeping = "import shutil; shutil.rmtree = lambda *_, **__: None; from llava.train.sft import main; main()"
     finish([
-        sys.executable, "-c", keeping, "--model_name_or_path", str(checkpoint), "--data_path", str(few),
+        sys.executable, "-m", "llava.train.sft", "--model_name_or_path", str(checkpoint), "--data_path", str(few),
         "--output_dir", str(output), "--per_device_train_batch_size", "4", "--learning_rate", "1e-2",
         "--max_steps", "3", "--save_steps", "1", "--save_total_limit", "9", "--dataloader_num_workers", "0", *flags,
     ])  # fmt: skip

@@ -17,7 +17,7 @@ from llava.records import Record, fail
 
 ROOT = Path(__file__).resolve().parent.parent  # run.json names files as seen from here
 NO_RECORDS = {"log.jsonl"}  # training's log
-NO_FOLDERS = {"shards", "predictions"}  # parts of a merged file, and answers to benchmarks
+NO_FOLDERS = {"shards", "predictions", "answers", "judge", "reference"}  # parts of merged files, and of evaluations
 KINDS = ("source", "reply", "rejected", "annotated", "generated", "judged", "chosen", "pair")  # as the stages go
 SIDES = ("chosen", "rejected")  # of a preference pair
 BLOCK = 1 << 20  # characters of a .json list read at a time

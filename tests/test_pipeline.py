@@ -100,6 +100,27 @@ def test_the_loop_closes_survives_a_kill_and_is_recognised(variables):
 
 
 @pytest.mark.slow
+def test_generators_learn_by_preference_before_they_generate(variables):
+    work = ROOT / "runs" / variables["EXPERIMENT_NAME"]
+    process = cycle(
+        {**variables, "PREFERENCE": "1", "MAX_NEW_TOKENS": "220", "DPO_BATCH": "4", "DPO_LEARNING_RATE": "1e-4"}
+    )
+    out, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors[-3000:]
+    assert "SICOG - base" in out
+    for name in ("perception", "reasoning"):
+        for stage in (f"noisy/{name}", f"pairs/{name}", f"{name}-dpo"):
+            assert json.loads((work / stage / "run.json").read_text())["status"] == "complete", stage
+        pairs = [json.loads(line) for line in (work / "pairs" / name / "pairs.jsonl").read_text().splitlines()]
+        assert {pair["source"] for pair in pairs} == {"corrupted"}
+        assert all(pair["lineage"]["rejected"]["corruption"] for pair in pairs)
+    for kind, name in (("captions", "perception"), ("responses", "reasoning")):
+        first = json.loads((work / "candidates" / kind / "candidates.jsonl").read_text().splitlines()[0])
+        assert first["candidates"][0]["model"].endswith(f"/{name}-dpo")
+        assert not first["candidates"][0].get("corruption")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["llama", "low_resolution"])
 def test_other_models_go_through_every_stage_script(variables, world, llama, mode):
     """A Llama 3 language model; and `mlp2x_gelu` on one square an image, with a record of several images."""

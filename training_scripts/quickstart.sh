@@ -33,5 +33,5 @@ export UNLABELLED_IMAGES=$world/unlabelled_images.json UNLABELLED_QUESTIONS=$wor
 export BENCHMARKS=$world/benchmarks
 # a model of a million parameters learns faster, and needs smaller batches, than one of seven billion
 export PRETRAIN_LEARNING_RATE=2e-3 PRETRAIN_BATCH=16 FINETUNE_LEARNING_RATE=5e-4 FINETUNE_BATCH=16 ACCU_STEPS=1
-export GRADIENT_CHECKPOINTING=False BATCH_SIZE=64 MAX_NEW_TOKENS=220
+export DPO_LEARNING_RATE=3e-5 DPO_BETA=0.5 DPO_BATCH=16 GRADIENT_CHECKPOINTING=False BATCH_SIZE=64 MAX_NEW_TOKENS=220
 bash training_scripts/run_sicog.sh

@@ -1,7 +1,9 @@
 """Preference training through its command line, and its loss against two plain passes."""
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,3 +232,23 @@ def test_bad_pairs_are_refused_before_anything_runs(processor, world, tmp_path):
     write_records(tmp_path / "gone.jsonl", [good | {"image": "gone.png"}])
     with pytest.raises(UserError, match=r"record 'p0': image .*gone\.png"):
         PairDataset([str(tmp_path / "gone.jsonl")], processor).check_images()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_deepspeed_on_two_ranks_gives_the_training_of_one(checkpoint, world, tmp_path, config):
+    if importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None:
+        pytest.skip(f"DeepSpeed or g++ is missing: {config} WAS NOT TESTED")
+    flags = ("--max_steps", "3", "--max_grad_norm", "1")
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(command(checkpoint, world, one, *flags))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    deepspeed = ("--per_device_train_batch_size", "2", "--deepspeed", f"training_scripts/{config}.json")
+    done = [*launcher, *command(checkpoint, world, two, *flags, *deepspeed)[1:]]
+    result = subprocess.run(
+        done, env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    for row, other in zip(logged(two), logged(one), strict=True):
+        for name in ("loss", "rewards/margins", "logps/chosen", "logps/rejected"):
+            assert row[name] == pytest.approx(other[name], rel=2e-3, abs=2e-3), (row["step"], name)

@@ -174,6 +174,12 @@ def from_triples(arguments: argparse.Namespace, read: Counter) -> Iterator[Recor
                 yield pair_of(record, "triples", path, by, by, row=number)
 
 
+def asked_otherwise(pair: Record) -> bool:
+    """Whether the rejected answer was given to another instruction than the pair's."""
+    asked = pair["lineage"]["rejected"].get("instruction")
+    return asked is not None and without_image(asked) != without_image(pair["prompt"])
+
+
 class Tally:
     """What came in and out: records read and pairs by source, refused rows by reason, words of both sides."""
 
@@ -192,8 +198,7 @@ class Tally:
         self.words.update(words)
         self.longer += words["chosen"] > words["rejected"]
         self.equal += words["chosen"] == words["rejected"]
-        asked = row["lineage"]["rejected"].get("instruction")
-        self.asked_otherwise += asked is not None and without_image(asked) != without_image(row["prompt"])
+        self.asked_otherwise += asked_otherwise(row)
 
     def counts(self) -> dict[str, int]:
         by = {name: self.pairs[name] for name in SOURCES if self.read[name]}
@@ -222,7 +227,8 @@ class Tally:
         )
         if self.asked_otherwise:
             print(
-                f"careful      in {self.asked_otherwise:,} pairs the rejected answer was given to another instruction"
+                f"careful      in {self.asked_otherwise:,} pairs the rejected answer was given to another instruction; "
+                "--same_instruction leaves them out"
             )
 
 
@@ -243,6 +249,8 @@ def checked(arguments: argparse.Namespace, tally: Tally) -> Iterator[Record]:
         row = offer
         if "reason" not in offer:
             problem, detail = what_is_wrong(offer, arguments.image_folder, contents)
+            if not problem and arguments.same_instruction and asked_otherwise(offer):
+                problem = "the rejected answer was given to another instruction"
             if problem:
                 place = {key: offer["lineage"][key] for key in ("row",) if key in offer["lineage"]}
                 row = refused(offer, offer["source"], offer["lineage"]["file"], problem, **place, **detail)
@@ -289,6 +297,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image_folder", help="root of all images (default: the first file's own folder)")
     parser.add_argument("--output_dir", required=True, help="run folder to write")
     parser.add_argument("--max_per_record", type=int, default=1, help="pairs of an annotated record (default: 1)")
+    parser.add_argument("--same_instruction", action="store_true", help="both sides must answer the same instruction")
     parser.add_argument("--allow_cut_off", action="store_true", help="use answers cut off at max_new_tokens too")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn rejected answers (default: 0)")
     parser.add_argument("--dry_run", action="store_true", help="check and count, write nothing")

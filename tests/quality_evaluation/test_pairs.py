@@ -156,6 +156,13 @@ def test_answers_to_other_instructions_are_counted(corrupted):
     assert "careful      in 1 pairs the rejected answer was given to another instruction" in printed
 
 
+def test_answers_to_other_instructions_are_left_out_on_request(corrupted):
+    answers = [answered("1", candidate("A boat.", instruction="Describe it.")), answered("2", candidate("A tram."))]
+    made, refused, _ = corrupted([annotated("1"), annotated("2")], answers, "--same_instruction")
+    assert [row["rejected"] for row in made] == ["A tram."]
+    assert [row["reason"] for row in refused] == ["the rejected answer was given to another instruction"]
+
+
 @pytest.fixture
 def curation(run, monkeypatch):
     """A curation folder that the command itself wrote: one pair."""

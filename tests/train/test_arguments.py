@@ -25,7 +25,7 @@ def test_contradictions_are_refused(monkeypatch):
 
 MODULES = [
     "llava.train.sft", "llava.generate.recaption", "llava.generate.reason", "llava.eval.benchmarks", "llava.eval.report",
-    "llava.eval.captions", "llava.eval.vlmevalkit", "llava.eval.lmms_model",
+    "llava.eval.captions", "llava.eval.sweep", "llava.train.dpo", "llava.eval.vlmevalkit", "llava.eval.lmms_model",
     "llava.model.assemble", "llava.records", "quality_evaluation.curate", "quality_evaluation.report",
     "training_data_annotation.annotate_captions", "training_data_annotation.convert_reasoning",
 ]  # fmt: skip

@@ -79,11 +79,10 @@ def parse_steps(response: str) -> dict[int, str]:
 
 def step_bodies(response: str) -> dict[int, str]:
     """Step number -> what follows "Step N:" up to the next step; the first of a number counts."""
-    lines = f"\n{response}"
-    found = list(STEP_LINE.finditer(lines))
+    _, *parts = STEP_LINE.split(f"\n{response}")  # number, what follows it, number, ...
     bodies: dict[int, str] = {}
-    for match, following in zip(found, [*found, None][1:], strict=True):
-        bodies.setdefault(int(match[1]), lines[match.end() : following.start() if following else len(lines)])
+    for number, body in zip(parts[0::2], parts[1::2], strict=True):
+        bodies.setdefault(int(number), body)
     return bodies
 
 

@@ -126,7 +126,7 @@ def files_of_work(work: Path) -> Files:
     paths = [
         path
         for path in sorted(work.rglob("*.jsonl"))
-        if path.name not in NO_RECORDS and path.parent.name not in NO_FOLDERS
+        if path.name not in NO_RECORDS and not NO_FOLDERS & {path.parent.name, path.parent.parent.name}
     ]
     return Files(paths, [run for path in sorted(work.rglob("run.json")) if (run := read_run(path))])
 

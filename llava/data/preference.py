@@ -3,7 +3,8 @@
 The batch is that of `collator.py` with 2 sequences a pair, chosen before rejected, and besides
 
     image_copies    int64    the images in the order in which the sequences show them: each pair's twice
-    reference       float64  (pairs, 2) log-probabilities of both answers under the reference model
+    reference       list of (float, float), a pair each: log-probabilities of both answers under the reference model; no
+                    tensor, which the Trainer would round to bfloat16 under DeepSpeed
 """
 
 from pathlib import Path
@@ -106,5 +107,5 @@ class PairCollator:
         if order:
             batch["image_copies"] = torch.tensor(order)
         batch["ids"] = [pair["id"] for pair in pairs]
-        batch["reference"] = torch.tensor(np.array([pair["reference"] for pair in pairs]), dtype=torch.float64)
+        batch["reference"] = [tuple(map(float, pair["reference"])) for pair in pairs]
         return batch

@@ -339,8 +339,11 @@ def write_lines(path: Path, lines: Iterable[str]) -> int:
     return count
 
 
-def wait_for_ranks(shards: Path, wanted: int) -> None:
-    """Wait until the shards hold `wanted` lines. Raises UserError when none was added for PATIENCE seconds."""
+def wait_for_ranks(shards: Path, wanted: int, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Wait until the shards hold `wanted` lines. Raises UserError when none was added for PATIENCE seconds.
+
+    `meanwhile` is called again and again; what it raises ends the waiting.
+    """
     last, since = -1, time.time()
     seen: dict[Path, tuple[int, int]] = {}  # bytes and lines counted so far
     while True:
@@ -356,6 +359,7 @@ def wait_for_ranks(shards: Path, wanted: int) -> None:
                 f"{wanted - lines} of {wanted} records are missing below {shards} and no rank has added one for "
                 f"{PATIENCE // 60} minutes. Fix: run the same command again"
             )
+        meanwhile()
         time.sleep(2)
 
 

@@ -58,11 +58,12 @@ class PreferenceTrainer(SupervisedTrainer):
         return self.accelerator.reduce(counts, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids, reference = inputs.pop("ids"), inputs.pop("reference").float()
+        ids, reference = inputs.pop("ids"), inputs.pop("reference")
         answers, tokens = answer_log_probs(model, inputs)
         kept = (tokens[0::2] > 0).nonzero()[:, 0]  # not what only keeps a rank busy
         policy = Sides(answers[0::2][kept], answers[1::2][kept])
-        frozen = Sides(reference[kept, 0], reference[kept, 1])
+        reference = torch.tensor(reference, dtype=torch.float32, device=answers.device)[kept]
+        frozen = Sides(reference[:, 0], reference[:, 1])
         counts = Sides(tokens[0::2][kept], tokens[1::2][kept])
         pairs, learned = num_items_in_batch
         loss = objective(policy, frozen, counts, self.settings, pairs, learned)
@@ -78,13 +79,14 @@ class PreferenceTrainer(SupervisedTrainer):
             self.sums[name] += pairs * value.detach()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds the means since the last log over all ranks; every rank is here."""
-        if "loss" in logs and self.sums:
+        """Adds the means since the last log over all ranks; every rank is here, also one that had no pair."""
+        if "loss" in logs:
             names = ("pairs", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
                      "logps/chosen", "logps/rejected")  # fmt: skip
             sums = torch.tensor([float(self.sums[name]) for name in names], device=self.args.device)
             pairs, *values = self.accelerator.reduce(sums, "sum").tolist()
-            logs.update({name: value / pairs for name, value in zip(names[1:], values, strict=True)})
+            if pairs:
+                logs.update({name: value / pairs for name, value in zip(names[1:], values, strict=True)})
             self.sums.clear()
         super().log(logs, *args, **kwargs)
 

@@ -1,6 +1,6 @@
 """Log-probabilities of all answers under the reference model, computed once, before a preference run.
 
-Every rank takes a share and appends it to `reference/shard-<rank>.jsonl` in the run's folder; a run that is started
+Every rank takes a share and appends it to `reference/<precision>/shard-<rank>.jsonl` in the run's folder; a run that is started
 again, with any number of ranks, computes what no shard holds. The reference model is gone before the other is loaded.
 """
 
@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from llava.data.preference import PairCollator, PairDataset
 from llava.records import RecordAppender, read_jsonl
-from llava.runs import rank, world_size
+from llava.runs import Preempted, rank, world_size
 from llava.train.arguments import ModelArguments
 from llava.train.preference_trainer import answer_log_probs
 from llava.train.stage import attend_within_samples
+from llava.train.trainer import Preemption
 
 
 def reference_log_probs(
@@ -33,9 +34,13 @@ def reference_log_probs(
     Args:
         sizes: of `dataset.sides.sizes()`; pairs of similar length go through the model together.
         arguments: the TrainingArguments; precision and device are the training's own, so that training starts at a
-            margin of 0.
+            margin of 0 (Liger's kernels, where they train, are not in the reference).
+
+    Raises:
+        Preempted: asked to leave; what is computed is kept.
     """
-    shards = Path(arguments.output_dir) / "reference"
+    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
+    shards = Path(arguments.output_dir) / "reference" / precision
     done = {line["id"] for path in shards.glob("shard-*.jsonl") for line in read_jsonl(path)}
     tokens = sizes[:, :2].sum(1).reshape(-1, 2).sum(1)
     order = sorted(range(len(dataset)), key=lambda index: -tokens[index])
@@ -89,8 +94,9 @@ def compute(model, dataset: PairDataset, collator: PairCollator, mine: list[int]
         dataset, batch_size=arguments.per_device_train_batch_size, sampler=mine, collate_fn=collator,
         num_workers=arguments.dataloader_num_workers,
     )  # fmt: skip
-    mixed = arguments.bf16 and not arguments.deepspeed
-    autocast = torch.autocast(arguments.device.type, torch.bfloat16) if mixed else nullcontext()
+    mixed = (arguments.bf16 or arguments.fp16) and not arguments.deepspeed
+    half = torch.bfloat16 if arguments.bf16 else torch.float16
+    autocast = torch.autocast(arguments.device.type, half) if mixed else nullcontext()
     bar = tqdm(total=len(mine), desc="reference", unit="pair", disable=rank() != 0)
     with RecordAppender(path) as shard, bar, autocast:
         for batch in loader:
@@ -101,13 +107,19 @@ def compute(model, dataset: PairDataset, collator: PairCollator, mine: list[int]
             for identifier, (chosen, rejected) in zip(ids, answers.view(-1, 2).tolist(), strict=True):
                 shard.append({"id": identifier, "chosen": chosen, "rejected": rejected})
             bar.update(len(ids))
+            leave_if_asked()
+
+
+def leave_if_asked() -> None:
+    if Preemption.asked:
+        raise Preempted("the reference answers so far are kept")
 
 
 def gathered(dataset: PairDataset, shards: Path) -> np.ndarray:
     """All ranks' answers, once all are there."""
     from llava.generate.job import wait_for_ranks
 
-    wait_for_ranks(shards, len(dataset))
+    wait_for_ranks(shards, len(dataset), leave_if_asked)
     known = {
         line["id"]: (line["chosen"], line["rejected"])
         for path in sorted(shards.glob("shard-*.jsonl"))

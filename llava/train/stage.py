@@ -53,6 +53,9 @@ def run_stage(
     if arguments[1].dry_run:
         check(*arguments)
         return
+    from llava.train.trainer import Preemption
+
+    Preemption()  # from here on a signal is noted
     try:
         train(arguments, work, inputs(*arguments))
     except Preempted as preempted:

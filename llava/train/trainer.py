@@ -148,22 +148,24 @@ class Guard(TrainerCallback):
 class Preemption(TrainerCallback):
     """On SIGTERM or SIGUSR1: finish the step, save a checkpoint, leave. `asked` tells the caller to exit with `runs.PREEMPTED`.
 
-    Every rank gets the signal from its launcher; the step is the same for all because they agree on it each step.
+    Every rank gets the signal from its launcher; the step is the same for all because they agree on it each step. One
+    flag a process: a signal that comes before training begins is not forgotten.
     """
 
+    asked = False
+
     def __init__(self):
-        self.asked = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.note)
 
     def note(self, number, frame) -> None:
-        self.asked = True
+        Preemption.asked = True
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:
             flag = torch.tensor([float(self.asked)], device=args.device)
             torch.distributed.all_reduce(flag)
-            self.asked = bool(flag.item())
+            Preemption.asked = bool(flag.item())
         if self.asked:
             control.should_save = control.should_training_stop = True
 

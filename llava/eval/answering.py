@@ -11,12 +11,12 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from llava.eval.questions import Row, images_of_row, question_text
+from llava.eval.questions import Row, images_of_row, question_text, read_tsv
 from llava.eval.scoring import rule_for
 from llava.records import RecordAppender, read_jsonl
 from llava.runs import rank, world_size
 
-Keep = Callable[[Row, str], None]
+Keep = Callable[..., None]  # row, answer, and `refused`: why a server gave none
 Asked = tuple[Row, str]  # a row, and what the model is asked
 
 
@@ -53,60 +53,56 @@ class LocalModel:
 
 
 class ServedModel:
-    """A model behind a chat-completions server; `batch_size` requests are in flight. What it refuses is answered by ""."""
+    """A model behind a chat-completions server; `batch_size` requests are in flight. What it refuses is kept as such."""
 
     def __init__(self, url: str, model: str, batch_size: int, max_new_tokens: int):
         self.url, self.model, self.batch_size = url, model, batch_size
         self.settings = {"temperature": 0, "max_tokens": max_new_tokens}
-        self.refused: dict[str, str] = {}  # index -> reason
 
     def answer(self, asked: list[Asked], images: Callable[[Row], list], keep: Keep) -> None:
         from llava.endpoint import Endpoint, Refused, each, image_part
 
         endpoint = Endpoint(self.url, self.model, timeout=1800)
 
-        async def ask(job: Asked) -> str:
+        async def ask(job: Asked) -> tuple[str, str | None]:
             row, text = job
             parts = [await asyncio.to_thread(image_part, image) for image in images(row)]
             content = [*parts, {"type": "text", "text": text}]
             try:
                 [reply] = await endpoint.ask([{"role": "user", "content": content}], **self.settings)
             except Refused as error:
-                self.refused[row["index"]] = str(error)
-                return ""
-            return reply.text
+                return "", str(error)
+            return reply.text, None
 
-        each(asked, ask, lambda job, answer: keep(job[0], answer), self.batch_size)
+        each(asked, ask, lambda job, answer: keep(job[0], *answer), self.batch_size)
 
 
-def answer_share(model: Answerer, path: Path, rows: list[Row], answers: Path) -> None:
-    """This rank's share of the questions that no shard below `answers` holds yet."""
+def answer_share(model: Callable[[], Answerer], path: Path, answers: Path) -> None:
+    """This rank's share of the questions of the TSV that no shard below `answers` holds yet.
+
+    `model` is called when there is something to ask.
+    """
     done = {line["index"] for shard in answers.glob("shard-*.jsonl") for line in read_jsonl(shard)}
-    by_index = {row["index"]: row for row in rows}
-    short = rule_for(path.stem, rows).short
-    mine = [
-        (row, question_text(row, short))
-        for number, row in enumerate(rows)
-        if number % world_size() == rank() and row["index"] not in done
-    ]
+    bare = read_tsv(path, images=False)
+    mine = [n for n, row in enumerate(bare) if n % world_size() == rank() and row["index"] not in done]
     if not mine:
         return
+    rows = read_tsv(path)
+    by_index, short = {row["index"]: row for row in rows}, rule_for(path.stem, rows).short
     with (
         RecordAppender(answers / f"shard-{rank():05d}.jsonl") as shard,
         tqdm(total=len(mine), desc=path.stem, unit="question", disable=rank() != 0) as bar,
     ):
 
-        def keep(row: Row, text: str) -> None:
-            shard.append({"index": row["index"], "prediction": text})
+        def keep(row: Row, text: str, refused: str | None = None) -> None:
+            shard.append({"index": row["index"], "prediction": text, **({"refused": refused} if refused else {})})
             bar.update()
 
-        model.answer(mine, lambda row: images_of_row(row, by_index, path.parent), keep)
+        asked = [(rows[n], question_text(rows[n], short)) for n in mine]
+        model().answer(asked, lambda row: images_of_row(row, by_index, path.parent), keep)
 
 
-def answers_below(folder: Path) -> dict[str, str]:
-    """index -> answer, from all shards."""
-    return {
-        line["index"]: line["prediction"]
-        for shard in sorted(folder.glob("shard-*.jsonl"))
-        for line in read_jsonl(shard)
-    }
+def answers_below(folder: Path) -> tuple[dict[str, str], int]:
+    """index -> answer, from all shards, and how many of them a server refused."""
+    lines = [line for shard in sorted(folder.glob("shard-*.jsonl")) for line in read_jsonl(shard)]
+    return {line["index"]: line["prediction"] for line in lines}, sum("refused" in line for line in lines)

@@ -10,11 +10,13 @@ answers that exact rules cannot; without one MMVet and MathVista get scores that
 """
 
 import argparse
+import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llava.errors import UserError, run_command
-from llava.eval.answering import LocalModel, ServedModel, answer_share, answers_below
+from llava.eval.answering import Answerer, LocalModel, ServedModel, answer_share, answers_below
 from llava.eval.judge import Judge
 from llava.eval.questions import Row, question_text, read_tsv
 from llava.eval.scoring import METRICS, Rule, rule_for
@@ -61,17 +63,22 @@ def result(rule: Rule, predictions: list[dict[str, Any]]) -> dict[str, Any]:
 def write_sheet(path: Path, rows: list[Row], answers: dict[str, str]) -> None:
     """The answers as VLMEvalKit writes them: the TSV's columns without the images, and `prediction`."""
     import openpyxl
+    from openpyxl.cell import WriteOnlyCell
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
-
-    def cell(column: str, value: str) -> str | int:
-        if column in ("index", "g_index") and value.isdigit():
-            return int(value)
-        return ILLEGAL_CHARACTERS_RE.sub("", value)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = [column for column in rows[0] if column != "image"]
     book = openpyxl.Workbook(write_only=True)
     sheet = book.create_sheet("Sheet1")
+
+    def cell(column: str, value: str) -> WriteOnlyCell:
+        if column in ("index", "g_index") and value.isdigit():
+            return WriteOnlyCell(sheet, int(value))
+        made = WriteOnlyCell(sheet, ILLEGAL_CHARACTERS_RE.sub("", value))
+        if value.startswith("="):
+            made.data_type = "s"  # an answer, not a formula
+        return made
+
     sheet.append([*columns, "prediction"])
     for row in rows:
         values = [cell(column, row[column]) for column in columns]
@@ -111,67 +118,76 @@ def main() -> None:
         raise UserError(f"{data} holds no .tsv file. Fix: set DATA_PATH to VLMEvalKit TSV files")
     if len({path.stem for path in paths}) < len(paths):
         raise UserError("two of the TSV files have the same name. Fix: name each benchmark once")
-    benchmarks = {path: read_tsv(path) for path in paths}
     if arguments.dry_run:
-        dry_run(arguments, benchmarks)
+        dry_run(arguments, paths)
         return
     identity = {
         "model": arguments.model_name_or_path or f"{arguments.model} at {arguments.base_url}",
-        "data": list(map(str, paths)), "max_new_tokens": arguments.max_new_tokens, "judge": arguments.judge or "",
+        "data": list(map(str, paths)), "max_new_tokens": arguments.max_new_tokens,
     }  # fmt: skip
     inputs = [*paths, *([arguments.model_name_or_path] if arguments.model_name_or_path else [])]
     folder = Path(arguments.output_dir)
     if rank() != 0:
         if not join_run(folder, "evaluate", identity, inputs):
-            answer_all(arguments, folder, benchmarks)
+            answer_all(arguments, folder, paths)
         return
+    for path in paths:
+        read_tsv(path, images=False)  # before anything is asked
     with open_run(folder, "evaluate", identity, inputs) as run:
         output = folder / "results.json"
-        if run.complete:
+        if run.complete and json.loads(output.read_text()).get("judge", "") == (arguments.judge or ""):
             print(f"[evaluate] already complete -> {output}")
             return
-        refused = answer_all(arguments, folder, benchmarks)
+        if not run.complete:  # else only another judge is asked
+            answer_all(arguments, folder, paths)
         name = Path(arguments.model_name_or_path or arguments.model).name
-        results = {}
         judge = Judge(arguments.judge, arguments.judge_base_url, folder / "judge") if arguments.judge else None
-        for path, rows in benchmarks.items():
-            answers = complete_answers(folder, path, rows)
+        results: dict[str, dict[str, Any]] = {}
+        for path in paths:
+            rows = read_tsv(path, images=False)
+            answers, refused = complete_answers(folder, path, rows)
             predictions, results[path.stem] = score(path.stem, rows, answers, judge)
+            if refused:
+                results[path.stem]["refused"] = refused
             write_records(folder / "predictions" / f"{path.stem}.jsonl", predictions)
             write_sheet(folder / "vlmevalkit" / name / f"{name}_{path.stem}.xlsx", rows, answers)
-        write_json(output, {"model": identity["model"], "benchmarks": results})
+        write_json(output, {"model": identity["model"], "judge": arguments.judge or "", "benchmarks": results})
         counts = {"benchmarks": len(results), "questions": sum(result["questions"] for result in results.values())}
+        refused = sum(result.get("refused", 0) for result in results.values())
         run.finish(output, **counts, **({"refused": refused} if refused else {}))
 
 
-def answer_all(arguments: argparse.Namespace, folder: Path, benchmarks: dict[Path, list[Row]]) -> int:
-    """This rank's share of every benchmark; returns how many questions a server refused."""
-    if arguments.base_url:
-        model: Any = ServedModel(arguments.base_url, arguments.model, arguments.batch_size, arguments.max_new_tokens)
-    else:
-        model = LocalModel(arguments.model_name_or_path, arguments.batch_size, arguments.max_new_tokens)
-    for path, rows in benchmarks.items():
-        answer_share(model, path, rows, folder / "answers" / path.stem)
-    return len(getattr(model, "refused", ()))
+def answer_all(arguments: argparse.Namespace, folder: Path, paths: list[Path]) -> None:
+    """This rank's share of every benchmark, one after the other; the model is opened when it has something to answer."""
+
+    @cache
+    def model() -> Answerer:
+        if arguments.base_url:
+            return ServedModel(arguments.base_url, arguments.model, arguments.batch_size, arguments.max_new_tokens)
+        return LocalModel(arguments.model_name_or_path, arguments.batch_size, arguments.max_new_tokens)
+
+    for path in paths:
+        answer_share(model, path, folder / "answers" / path.stem)
 
 
-def complete_answers(folder: Path, path: Path, rows: list[Row]) -> dict[str, str]:
+def complete_answers(folder: Path, path: Path, rows: list[Row]) -> tuple[dict[str, str], int]:
     from llava.generate.job import wait_for_ranks
 
     answers = folder / "answers" / path.stem
     wait_for_ranks(answers, len(rows))
-    found = answers_below(answers)
+    found, refused = answers_below(answers)
     if missing := [row["index"] for row in rows if row["index"] not in found]:
         raise UserError(f"{len(missing)} questions of {path.stem} have no answer. Fix: run the same command again")
-    return found
+    return found, refused
 
 
-def dry_run(arguments: argparse.Namespace, benchmarks: dict[Path, list[Row]]) -> None:
+def dry_run(arguments: argparse.Namespace, paths: list[Path]) -> None:
     if arguments.model_name_or_path:
         from llava.model.load import check_checkpoint
 
         check_checkpoint(arguments.model_name_or_path)
-    for path, rows in benchmarks.items():
+    for path in paths:
+        rows = read_tsv(path, images=False)
         rule = rule_for(path.stem, rows)
         scored_by = f"judge {arguments.judge}" if arguments.judge and rule.judge else rule.label
         print(f"{path.stem:12} {len(rows):,} questions, {METRICS[rule.total]} by {scored_by}")

@@ -71,7 +71,8 @@ class Judge:
 
         task = rule.judge
         template = PROMPTS[task]
-        path = self.folder / f"{benchmark}.jsonl"
+        prompt = hashlib.sha256(template.encode()).hexdigest()[:12]
+        path = self.folder / f"{self.model.replace('/', '--')}-{prompt}" / f"{benchmark}.jsonl"
         verdicts = {(line["index"], line["answer"]): line for line in read_jsonl(path)}
         endpoint = Endpoint(self.base_url, self.model)
         todo = [(row, answer) for row, answer in asked if (row["index"], answer) not in verdicts]
@@ -107,7 +108,7 @@ class Judge:
         said_by = {
             "model": ", ".join(sorted({line["model"] for line in lines})) or self.model,
             "date": max((line["date"] for line in lines), default=time.strftime("%Y-%m-%d")),
-            "prompt": hashlib.sha256(template.encode()).hexdigest()[:12],
+            "prompt": prompt,
             "asked": len(lines),
             "not_understood": sum(line["mark"][1] is None for line in lines),
         }

@@ -136,4 +136,5 @@ def model_folder(arguments: argparse.Namespace, stage: str):
         yield None
     else:
         with open_run(folder, stage, identity, inputs) as run:
+            run.save("running")  # a complete run may be asked for further benchmarks
             yield run

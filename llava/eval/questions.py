@@ -18,13 +18,17 @@ OPTION_LETTERS = string.ascii_uppercase[:9]  # columns named J.. occur as data c
 Row = dict[str, str]
 
 
-def read_tsv(path: str | Path) -> list[Row]:
-    """The rows of a benchmark. Raises UserError when a needed column or row is missing."""
+def read_tsv(path: str | Path, images: bool = True) -> list[Row]:
+    """The rows of a benchmark; without `images` those columns hold only whether there is one.
+
+    Raises UserError when a needed column or row is missing.
+    """
     csv.field_size_limit(1 << 30)
     if not Path(path).is_file():
         raise UserError(f"{path} is no file. Fix: name VLMEvalKit TSV files, comma-separated")
     with Path(path).open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", restval=""))
+        read = csv.DictReader(file, delimiter="\t", restval="")
+        rows = [row if images or "image" not in row else {**row, "image": row["image"][:1]} for row in read]
     if not rows:
         raise UserError(f"{path} holds no questions")
     if "question" not in rows[0] and "coco" in Path(path).stem.lower():

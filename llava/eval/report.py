@@ -13,6 +13,7 @@ MME's perception divided by 20.
 """
 
 import argparse
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from llava.eval.published import ORDER, PUBLISHED
 from llava.eval.results import Entry, read_results
 from llava.records import write_atomically
 
-FAMILIES = {  # how a benchmark's name begins, in lower case without blanks -> how papers call it
-    "mmbench": "MMBench", "mmstar": "MMStar", "mmvet": "MMVet", "pope": "POPE", "realworldqa": "RealWorldQA",
-    "scienceqa": "ScienceQA", "ai2d": "AI2D", "mathvista": "MathVista", "chartqa": "ChartQA", "docvqa": "DocVQA",
-    "ocrbench": "OCRBench", "textvqa": "TextVQA", "seedbench": "SEED", "mme": "MME",
+FAMILIES = {  # as papers call a benchmark -> its names in VLMEvalKit and lmms-eval, in lower case with _
+    "MMBench": r"mmbench(_v11)?(_(dev|test)_en|_en_(dev|test)|_en)?(_v11)?", "MMStar": "mmstar", "MMVet": "mmvet",
+    "POPE": "pope", "RealWorldQA": "realworldqa", "ScienceQA": r"scienceqa(_(img|full|val|test))?",
+    "AI2D": r"ai2d(_test)?", "MathVista": r"mathvista(_(mini|testmini))?(_(cot|format|solution))?",
+    "ChartQA": r"chartqa(_test)?", "DocVQA": r"docvqa(_(val|test))?", "OCRBench": "ocrbench", "MME": "mme",
+    "TextVQA": r"textvqa(_val)?", "SEED": r"seedbench(_img|_image)?",
 }  # fmt: skip
 
 
@@ -67,8 +70,8 @@ class Table:
 
 def family(benchmark: str) -> str:
     """MMBench_DEV_EN, mmbench_en_dev -> MMBench."""
-    plain = benchmark.lower().replace("-", "").replace("_", "")
-    return next((name for start, name in FAMILIES.items() if plain.startswith(start)), benchmark)
+    plain = benchmark.lower().replace("-", "_")
+    return next((name for name, pattern in FAMILIES.items() if re.fullmatch(pattern, plain)), benchmark)
 
 
 def build(models: dict[str, str | Path], published: list[str]) -> Table:

@@ -2,7 +2,7 @@
 
     ours          results.json and predictions/ of `llava.eval.benchmarks`
     VLMEvalKit    <work-dir>/<model>: <model>_<benchmark>_acc.csv, _score.csv, _score.json, and its prediction sheets
-    lmms-eval     <output_path>: the newest *_results.json
+    lmms-eval     <output_path>: *_results.json, of a task that was run twice the newest
 
 VLMEvalKit gives no intervals: its prediction sheets are marked again by our rules, and where that gives its own number,
 they give intervals and paired tests too.
@@ -10,6 +10,7 @@ they give intervals and paired tests too.
 
 import csv
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,19 +38,17 @@ class Entry:
 
 
 def read_results(folder: str | Path) -> dict[str, Entry]:
-    """benchmark -> entry. Raises UserError when the folder holds no results that are known."""
+    """benchmark -> entry. Raises UserError when the folder holds no results that are known, or those of several models."""
     folder = Path(folder)
     if (folder / "results.json").is_file():
         return ours(folder)
-    if folder.is_dir():
-        if found := sorted(folder.rglob("*_results.json"), key=lambda path: path.name):
-            return lmms(found[-1])
-        if entries := vlmevalkit(folder):
-            return entries
-    raise UserError(
-        f"{folder} holds no results: neither results.json of ours, nor *_acc.csv of VLMEvalKit, nor *_results.json of "
-        "lmms-eval. Fix: run training_scripts/evaluate.sh for this model first"
-    )
+    entries = lmms(folder) or vlmevalkit(folder)
+    if not entries:
+        raise UserError(
+            f"{folder} holds no results: neither results.json of ours, nor *_acc.csv of VLMEvalKit, nor *_results.json "
+            "of lmms-eval. Fix: run training_scripts/evaluate.sh for this model first"
+        )
+    return entries
 
 
 def ours(folder: Path) -> dict[str, Entry]:
@@ -62,6 +61,8 @@ def ours(folder: Path) -> dict[str, Entry]:
             raise UserError(f"{folder}/predictions/{name}.jsonl holds no predictions. Fix: evaluate this model again")
         judge = found.get("judge")
         said_by = f"judge {judge['model']}, {judge['date']}" if judge else found["scored_by"]
+        if refused := found.get("refused"):
+            said_by += f" ({refused} of {found['questions']} refused by the server)"
         entries[name] = Entry(
             found["value"], said_by, found["questions"], found["low"], found["high"], found["metric"],
             TOTALS[found["total"]](predictions), found["details"],
@@ -70,32 +71,50 @@ def ours(folder: Path) -> dict[str, Entry]:
 
 
 def vlmevalkit(folder: Path) -> dict[str, Entry]:
-    entries = {}
-    endings = ("_acc.csv", "_score.csv", "_score.json")
-    for path in sorted(path for ending in endings for path in folder.rglob(f"*{ending}")):
-        name = benchmark_of(path.name.rsplit("_", 1)[0], path)
-        judge = ""
-        sheets = [sheet for sheet in path.parent.glob("*.xlsx") if path.name.startswith(sheet.stem + "_")]
-        if sheets:
-            sheet = min(sheets, key=lambda item: len(item.name))
-            judge = name[len(benchmark_of(sheet.stem, sheet)) :].strip("_")
-            name = benchmark_of(sheet.stem, sheet)
+    entries: dict[str, Entry] = {}
+    found_in: dict[str, Path] = {}
+    models = set()
+    for path in sorted(
+        path for ending in ("_acc.csv", "_score.csv", "_score.json") for path in folder.rglob(f"*{ending}")
+    ):
+        model, stem = model_of(path)
+        models.add(model)
+        one_model(folder, models)
+        sheet = prediction_sheet(path)
+        name = model_of(sheet)[1] if sheet else stem.rsplit("_", 1)[0]
+        judge = stem.rsplit("_", 1)[0][len(name) :].strip("_")
         number = headline(path)
         if number is None:
+            print(f"not read: {path} has no number that is known as the result", file=sys.stderr)
             continue
-        entry = Entry(number, f"VLMEvalKit, judge {judge}" if judge else "VLMEvalKit")
-        if sheets:
-            add_units(entry, name, sheet)
-        entries[name] = entry
+        if name in found_in:
+            raise UserError(f"{path} and {found_in[name]} are both results of {name}. Fix: name the folder of one run")
+        found_in[name] = path
+        entries[name] = Entry(number, f"VLMEvalKit, judge {judge}" if judge else "VLMEvalKit")
+        if sheet:
+            add_units(entries[name], name, sheet)
     return entries
 
 
-def benchmark_of(stem: str, path: Path) -> str:
-    """What follows the model's name in a file's name; the model names one of the folders around it."""
+def model_of(path: Path) -> tuple[Path, str]:
+    """The model's folder, one of those around the file, and what follows its name in the file's name."""
     for parent in path.resolve().parents:
-        if stem.startswith(parent.name + "_"):
-            return stem[len(parent.name) + 1 :]
+        if path.name.startswith(parent.name + "_"):
+            return parent, path.stem[len(parent.name) + 1 :]
     raise UserError(f"{path}: no folder around it has the model's name. Fix: give VLMEvalKit's <work-dir>/<model>")
+
+
+def one_model(folder: Path, models: set[Path]) -> None:
+    if len(models) > 1:
+        names = ", ".join(sorted(path.name for path in models))
+        raise UserError(f"{folder} holds results of several models: {names}. Fix: name one model's folder")
+
+
+def prediction_sheet(path: Path) -> Path | None:
+    """The sheet of answers that a score file beside it belongs to: <sheet>_acc.csv, or <sheet>_<judge>_score.csv."""
+    beside = [sheet for sheet in path.parent.glob("*.xlsx") if path.name.startswith(f"{sheet.stem}_")]
+    plain = [sheet for sheet in beside if JUDGED.isdisjoint(next(sheet_rows(sheet), {}))]
+    return max(plain, key=lambda sheet: len(sheet.name), default=None)
 
 
 def headline(path: Path) -> float | None:
@@ -143,34 +162,52 @@ def sheet_rows(path: Path) -> Iterator[dict[str, str]]:
     book.close()
 
 
-def lmms(path: Path) -> dict[str, Entry]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    entries = {}
-    for task, numbers in found.get("results", {}).items():
-        named = {
-            key.split(",")[0]: value for key, value in numbers.items()
-            if isinstance(value, int | float) and not key.split(",")[0].endswith("_stderr")
-        }  # fmt: skip
-        metric = next((key for part in LMMS_METRICS for key in named if part in key), next(iter(named), None))
-        if metric is None:
-            continue  # a group without a number of its own
-        value = float(named[metric])
-        scale = 100 if 0 <= value <= 1 else 1
-        error = next(
-            (
-                error
-                for key, error in numbers.items()
-                if key.startswith(f"{metric}_stderr") and isinstance(error, float)
-            ),
-            None,
-        )
-        half = 1.959964 * scale * error if error is not None else None
-        count = found.get("n-samples", {}).get(task, {}).get("effective")
-        entries[task] = Entry(
-            scale * value, "lmms-eval", count, None if half is None else scale * value - half,
-            None if half is None else scale * value + half, metric,
-        )  # fmt: skip
+def lmms(folder: Path) -> dict[str, Entry]:
+    """The tasks of all result files below; of a task that was run twice, the newest."""
+    entries: dict[str, Entry] = {}
+    models = set()
+    for path in sorted(folder.rglob("*_results.json"), key=lambda path: path.name):
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            continue
+        if not isinstance(found, dict) or not isinstance(found.get("results"), dict):
+            continue  # VLMEvalKit has files of this name too
+        models.add(path.parent)
+        for task, numbers in found["results"].items():
+            count = found.get("n-samples", {}).get(task, {}).get("effective")
+            for name, entry in task_entries(task, numbers, count):
+                entries[name] = entry
+    one_model(folder, models)
     return entries
 
 
-LMMS_METRICS = ("perception_score", "f1_score", "relaxed_overall", "anls", "gpt_eval_score", "accuracy", "exact_match")
+def task_entries(task: str, numbers: dict[str, Any], count: int | None) -> Iterator[tuple[str, Entry]]:
+    """The task's known number; of a task that is not known all its numbers, as they are, under names of their own."""
+    named = {
+        key.split(",")[0]: float(value) for key, value in numbers.items()
+        if isinstance(value, int | float) and not key.split(",")[0].endswith("_stderr")
+    }  # fmt: skip
+    errors = {key.split(",")[0]: value for key, value in numbers.items() if isinstance(value, float)}
+    known = next(
+        ((metric, scale) for start, metric, scale in LMMS_METRICS if task.startswith(start) and metric in named), None
+    )
+    chosen = [known] if known else [(metric, 1) for metric in named]
+    for metric, scale in chosen:
+        value, error = scale * named[metric], errors.get(f"{metric}_stderr")
+        low, high = (
+            (None, None) if error is None else (value - 1.959964 * scale * error, value + 1.959964 * scale * error)
+        )
+        name = task if known or len(named) == 1 else f"{task}: {metric}"
+        yield name, Entry(value, "lmms-eval" if known else "lmms-eval, as it is", count, low, high, metric)
+
+
+JUDGED = {"hit", "log", "score", "res", "extracted", "verifier_score"}  # columns of VLMEvalKit's sheets after judging
+LMMS_METRICS = (  # how a task's name begins, the number that papers quote, and what makes it points
+    ("mmstar", "average", 100), ("mmbench", "gpt_eval_score", 1), ("mmvet", "gpt_eval_score", 1),
+    ("mme", "mme_perception_score", 1), ("pope", "pope_f1_score", 100), ("realworldqa", "exact_match", 100),
+    ("scienceqa", "exact_match", 100), ("ai2d", "exact_match", 100), ("mathvista", "llm_as_judge_eval", 1),
+    ("mathvista", "gpt_eval_score", 1), ("chartqa", "relaxed_overall", 100), ("docvqa", "anls", 100),
+    ("infovqa", "anls", 100), ("ocrbench", "ocrbench_accuracy", 100), ("textvqa", "exact_match", 100),
+    ("seedbench", "seed_image", 100), ("seedbench", "seed_all", 100), ("coco", "coco_CIDEr", 100),
+)  # fmt: skip

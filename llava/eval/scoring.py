@@ -151,10 +151,8 @@ class Rule:
 def rule_for(name: str, rows: list[Row]) -> Rule:
     """The rule of a benchmark by its name, as VLMEvalKit names it (MMBench_DEV_EN, POPE, ...), else by its questions."""
     lower = name.lower()
-    if lower == "mme":
-        return Rule(mark_yes_no, "mme", "choose")
-    for part, rule in RULES.items():
-        if part in lower:
+    for pattern, rule in RULES.items():
+        if re.fullmatch(pattern, lower):
             return rule
     if any(options_of(row) for row in rows):
         circular = any(part in lower for part in ("mmbench", "ccbench", "circular", "mmcr"))
@@ -173,7 +171,7 @@ def answers_of(row: Row) -> list[str]:
     """The accepted answers: `answer` holds one, or a list written as Python writes it."""
     if row["answer"].lstrip().startswith("["):
         try:
-            return [str(item) for item in ast.literal_eval(row["answer"].strip())]
+            return [str(item) for item in ast.literal_eval(row["answer"].strip())] or [row["answer"]]
         except (SyntaxError, ValueError):
             pass  # an answer that begins with a bracket
     return [row["answer"]]
@@ -349,18 +347,19 @@ def without_punctuation(text: str) -> str:
     return re.sub(r"(?<!\d)\.(?!\d)", "", plain, count=32)
 
 
-RULES = {  # a part of a benchmark's name in lower case -> its rule; the first that fits
-    "ocrbench": Rule(mark_substring, "ocrbench", short=False),
-    "ocrvqa": Rule(mark_same, "mean"),
-    "mmvet": Rule(mark_parts, "mean", "grade", "parts found, no judge", short=False),
-    "mathvista": Rule(mark_math, "mean", "extract", "whole answers, no judge", short=False),
-    "pope": Rule(mark_yes_no, "f1", "choose"),
-    "chartqa": Rule(mark_relaxed, "mean"),
-    "textvqa": Rule(mark_vqa, "mean"),
-    "docvqa": Rule(mark_anls, "mean"),
-    "infovqa": Rule(mark_anls, "mean"),
-    "gqa": Rule(mark_same, "mean"),
-    "coco": Rule(mark_caption, "cider", label="references", short=False),
+RULES = {  # a pattern of a benchmark's whole name in lower case -> its rule
+    "mme": Rule(mark_yes_no, "mme", "choose"),
+    "ocrbench(_mini)?": Rule(mark_substring, "ocrbench", short=False),
+    "ocrvqa.*": Rule(mark_same, "mean"),
+    "mmvet(_hard)?": Rule(mark_parts, "mean", "grade", "parts found, no judge", short=False),
+    "mathvista.*": Rule(mark_math, "mean", "extract", "whole answers, no judge", short=False),
+    ".*pope": Rule(mark_yes_no, "f1", "choose"),
+    "chartqa(_test)?": Rule(mark_relaxed, "mean"),
+    "textvqa.*": Rule(mark_vqa, "mean"),
+    "docvqa.*": Rule(mark_anls, "mean"),
+    "infovqa.*": Rule(mark_anls, "mean"),
+    "gqa.*": Rule(mark_same, "mean"),
+    "coco.*": Rule(mark_caption, "cider", label="references", short=False),
 }
 METRICS = {  # `Rule.total` -> what the number is called
 

@@ -159,6 +159,11 @@ def evaluate(point: Point, training: dict[str, Any] | None, output: Path, flags:
     model = point.folder
     if not (model / "config.json").is_file():
         model = merged(point.folder, training, output / ".merged" / point.name)
+    begun = read_state(folder) if (folder / "run.json").is_file() else None
+    if (
+        training and begun and begun["arguments"]["model"] != str(model)
+    ):  # of a checkpoint that is the finished model now
+        shutil.rmtree(folder)
     status = run_benchmarks(model, folder, flags)
     if status and not point.folder.is_dir():
         print(f"[sweep] {point.name} left out: training deleted it meanwhile", flush=True)

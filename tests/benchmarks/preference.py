@@ -6,6 +6,17 @@
 Per seed: warm up the perception model, let it describe the annotated images after they were corrupted, make pairs of the
 annotations and those answers, train by DPO; as a control, warm up for as many further steps on the chosen answers alone
 (SFT). All three describe the unlabelled images; objects are compared with what the images show.
+
+Measured on 2026-11-23 (2 CPU cores; seeds 0 / 1 / 2; --beta 0.5 --learning_rate 3e-5, the better of five settings tried
+on seed 0): DPO does not make better generators there. It helps seed 0 and not the others; as many steps of SFT on the
+chosen answers alone do as well or better.
+
+    measure                        SFT                  SFT + SFT            SFT + DPO
+    hallucinated mentions, %       23.9 / 25.5 / 23.5   22.7 / 23.5 / 22.8   22.5 / 25.6 / 23.6
+    captions with one, %           36.0 / 38.4 / 35.5   34.5 / 36.2 / 34.5   32.6 / 38.0 / 36.4
+    objects covered, %             71.6 / 69.2 / 71.7   72.8 / 71.8 / 72.1   71.6 / 69.1 / 71.0
+    content words F1, %            86.1 / 84.4 / 86.0   85.9 / 86.4 / 86.3   85.2 / 86.1 / 85.5
+    consistency (mean cosine), %   90.8 / 89.6 / 90.9   90.8 / 91.1 / 91.0   91.2 / 91.3 / 90.6
 """
 
 import argparse
@@ -116,9 +127,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--beta", default="0.1")
+    parser.add_argument("--beta", default="0.5")
     parser.add_argument("--gamma", default="1")
-    parser.add_argument("--learning_rate", default="1e-4")
+    parser.add_argument("--learning_rate", default="3e-5")
     arguments = parser.parse_args()
     results = []
     for seed in arguments.seeds.split(","):

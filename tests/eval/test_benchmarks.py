@@ -97,8 +97,42 @@ def test_what_a_killed_run_answered_is_not_asked_again(world, tmp_path):
         content = server.requests[0]["messages"][0]["content"]
         assert [part["type"] for part in content] == ["image_url", "text"]
         assert server.requests[0]["temperature"] == 0
+    again = evaluate(
+        "--base_url", "http://127.0.0.1:9/v1", "--model", "toy", "--data_path", data, "--output_dir", folder
+    )
+    assert "belongs to another run" in again.stderr
     lines = list(read_jsonl(folder / "predictions" / "ToyVQA.jsonl"))
     assert [line["prediction"] for line in lines] == ["answer 0", "answer 1", "red", "red"]
+
+
+def test_what_a_server_refuses_is_counted_and_a_judge_may_come_later(world, tmp_path):
+    """ToyMCQ: one answer in words, one refused, two letters; then a judge reads what rules could not."""
+    data, folder = world / "benchmarks" / "ToyMCQ.tsv", tmp_path / "out"
+
+    def answer(number: int, body: dict):
+        if body["model"] == "judge":
+            return 200, completion(["A"]), {}
+        return (
+            (400, {"error": {"message": "no"}}, {})
+            if number == 1
+            else (200, completion(["?" if number < 2 else "=B"]), {})
+        )
+
+    with Loopback(answer) as server:
+        common = ["--base_url", server.base_url, "--model", "toy", "--batch_size", 1, "--data_path", data]
+        done = evaluate(*common, "--output_dir", folder)
+        assert done.returncode == 0, done.stderr
+        assert "1 refused" in done.stdout
+        assert json.loads((folder / "results.json").read_text())["benchmarks"]["ToyMCQ"]["refused"] == 1
+        assert len(server.requests) == 4
+        judged = evaluate(*common, "--output_dir", folder, "--judge", "judge", "--judge_base_url", server.base_url)
+        assert judged.returncode == 0, judged.stderr
+        assert [request["model"] for request in server.requests[4:]] == ["judge"] * (len(server.requests) - 4)
+        found = json.loads((folder / "results.json").read_text())
+        assert found["judge"] == "judge"
+        assert found["benchmarks"]["ToyMCQ"]["judge"]["asked"] == len(server.requests) - 4 >= 2
+    sheet = openpyxl.load_workbook(folder / "vlmevalkit" / "toy" / "toy_ToyMCQ.xlsx").active
+    assert [row[-1].data_type for row in sheet.iter_rows(min_row=4)] == ["s", "s"]  # "=B" is no formula
 
 
 def test_a_model_is_needed_and_only_one(world, tmp_path):

@@ -113,7 +113,9 @@ def test_the_published_differences_are_those_of_the_paper():
 @pytest.mark.parametrize(
     ("name", "short"),
     [("MMBench_DEV_EN", "MMBench"), ("mmbench_en_dev", "MMBench"), ("SEEDBench_IMG", "SEED"), ("MME", "MME"),
-     ("MathVista_MINI", "MathVista"), ("scienceqa_img", "ScienceQA"), ("ToyVQA", "ToyVQA")],
+     ("MathVista_MINI", "MathVista"), ("scienceqa_img", "ScienceQA"), ("ToyVQA", "ToyVQA"),
+     ("MME-RealWorld", "MME-RealWorld"), ("OCRBench_v2", "OCRBench_v2"), ("ChartQAPro", "ChartQAPro"),
+     ("MMBench_DEV_CN", "MMBench_DEV_CN"), ("MMBench_DEV_EN_V11", "MMBench"), ("MMVet_Hard", "MMVet_Hard")],
 )  # fmt: skip
 def test_the_name_of_a_benchmark_in_papers(name, short):
     assert family(name) == short
@@ -151,20 +153,36 @@ def test_vlmevalkits_folder_is_read_and_gets_intervals_where_its_number_is_found
     assert table.differences["MMStar", "SICOG"].p is not None
 
 
+def test_benchmarks_whose_names_begin_alike_and_several_models_are_told_apart(tmp_path):
+    for model in ("base", "sicog"):
+        folder = tmp_path / model
+        folder.mkdir()
+        for name, share in (("AI2D_TEST", 0.5), ("AI2D_TEST_NO_MASK", 0.25)):
+            write_sheet(folder / f"{model}_{name}.xlsx", *rows_of("10"))
+            (folder / f"{model}_{name}_acc.csv").write_text(f"split,Overall\nnone,{share}\n")
+        (folder / f"{model}_ChartQA_TEST_results.json").write_text("[]")  # VLMEvalKit's too, with PRED_FORMAT=json
+    found = read_results(tmp_path / "base")
+    assert {name: entry.value for name, entry in found.items()} == {"AI2D_TEST": 50, "AI2D_TEST_NO_MASK": 25}
+    assert found["AI2D_TEST"].low is not None
+    assert found["AI2D_TEST_NO_MASK"].low is None  # our marks give 50 there
+    with pytest.raises(UserError, match="several models: base, sicog"):
+        read_results(tmp_path)
+
+
 def test_lmms_evals_folder_is_read(tmp_path):
     (tmp_path / "model").mkdir()
     results = {
-        "mmstar": {"alias": "mmstar", "average,none": 0.525, "average_stderr,none": 0.01},
+        "mmstar": {"alias": "mmstar", "math,none": 0.7, "average,none": 0.525, "average_stderr,none": 0.01},
         "mme": {"mme_cognition_score,none": 300.0, "mme_perception_score,none": 1590.2, "mme_perception_score_stderr,none": "N/A"},
         "pope": {"pope_accuracy,none": 0.88, "pope_f1_score,none": 0.87, "pope_f1_score_stderr,none": "N/A"},
         "group": {"alias": "group"},
     }  # fmt: skip
     old, new = tmp_path / "model" / "20260101_000000_results.json", tmp_path / "model" / "20261101_000000_results.json"
-    old.write_text('{"results": {}}')
+    old.write_text('{"results": {"mmstar": {"average,none": 0.1}, "own": {"cider,none": 1.07, "bleu,none": 0.2}}}')
     new.write_text(json.dumps({"results": results, "n-samples": {"mmstar": {"original": 1500, "effective": 1500}}}))
     found = read_results(tmp_path)
     assert {name: (entry.value, entry.metric) for name, entry in found.items()} == {
-        "mmstar": (52.5, "average"), "mme": (1590.2, "mme_perception_score"), "pope": (87.0, "pope_f1_score"),
+        "mmstar": (52.5, "average"), "own: cider": (1.07, "cider"), "own: bleu": (0.2, "bleu"), "mme": (1590.2, "mme_perception_score"), "pope": (87.0, "pope_f1_score"),
     }  # fmt: skip
     assert (found["mmstar"].questions, found["mmstar"].low) == (1500, pytest.approx(52.5 - 1.959964))
     text = cells(build({"m": tmp_path}, ["base"]))

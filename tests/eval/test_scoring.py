@@ -84,6 +84,11 @@ def test_short_answers(answer, said, mark):
     assert mark_short(row(answer), said)[1] == mark
 
 
+def test_an_empty_list_is_the_answer_itself():
+    assert mark_short(row("[]"), "[]")[1] == 1
+    assert mark_anls(row("[]"), "x")[1] == 0
+
+
 def test_normal_by_hand():
     assert normal("The Dog's two, red\tballs.") == "dog's 2 red balls"
     assert without_punctuation("a-b") == "a b"
@@ -161,7 +166,7 @@ def test_mmvet_without_a_judge_counts_parts():
      ("MMBench_DEV_EN", [row("A", **OPTIONS)], "circular", "choose"), ("MMStar", [row("A", **OPTIONS)], "mean", "choose"),
      ("MME-RealWorld", [row("A", **OPTIONS)], "mean", "choose"), ("OCRBench", [row("['x']")], "ocrbench", None),
      ("DocVQA_VAL", [row("['x']")], "mean", None), ("MMVet", [row("x")], "mean", "grade"),
-     ("MathVista_MINI", [row("x")], "mean", "extract"), ("COCO_VAL", [row("['a dog']")], "cider", None),
+     ("ChartQAPro", [row("x")], "mean", None), ("MathVista_MINI", [row("x")], "mean", "extract"), ("COCO_VAL", [row("['a dog']")], "cider", None),
      ("Own", [row("Yes"), row("no")], "mean", "choose"), ("Own", [row("x"), row("no")], "mean", None)],
 )  # fmt: skip
 def test_the_rule_follows_the_name_then_the_questions(name, rows, total, judge):

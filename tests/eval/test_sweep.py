@@ -211,6 +211,21 @@ def test_a_checkpoint_that_training_deletes_meanwhile_is_left_out(run, training,
     assert evaluations.asked == ["step-10"]
 
 
+def test_an_evaluation_cut_off_under_a_checkpoint_that_became_the_model_is_begun_anew(run, training, evaluations):
+    evaluations.fails_at = "step-10"
+    with pytest.raises(UserError, match="the evaluation of step-10 failed"):
+        run("--run", training)
+    evaluations.fails_at, evaluations.asked = "", []
+    complete(training, 10)
+    begun = training.parent / "sweep" / "step-10"
+    state = {"stage": "evaluate", "status": "failed", "inputs": {}, "arguments": {"model": "training/checkpoint-10"}}
+    write_json(begun / "run.json", state)
+    (begun / "half").touch()
+    run("--run", training)
+    assert evaluations.asked == ["step-10"]
+    assert not (begun / "half").exists()
+
+
 def test_which_steps_are_chosen():
     points = [Point(f"step-{step}", step, None) for step in (500, 1000, 1500, 2000, 2300)]
 

@@ -162,18 +162,19 @@ def shown_difference(found: Difference | None) -> list[str]:
 
 
 def notes(table: Table) -> list[str]:
-    """What a reader has to know: where columns come from, what each benchmark's number is, who judged."""
-    lines = [f"{name}: {source}" for name, source in table.sources.items()]
+    """What a reader has to know: what stands beside a number, where columns come from, what is counted, who judged."""
+    lines = ["in brackets: 95% interval; p: permutation test on the same questions, two-sided"]
+    lines += [f"{name}: {source}" for name, source in table.sources.items()]
+    counted: dict[str, list[str]] = {}
     for row in table.rows:
-        said = {
-            entry.source for name in table.columns
-            if (entry := table.entries.get((row, name))) and not name.endswith(" (paper)")
-        }  # fmt: skip
-        metric = next(
-            (entry.metric for name in table.columns if (entry := table.entries.get((row, name))) and entry.metric), ""
-        )
-        lines.append(f"{row}: {metric or 'as published'}; {', '.join(sorted(said)) or 'published only'}")
-    return lines
+        own = [
+            table.entries[row, name] for name in table.columns
+            if (row, name) in table.entries and not name.endswith(" (paper)")
+        ]  # fmt: skip
+        metric = next((entry.metric for entry in own if entry.metric), "as published")
+        said = ", ".join(sorted({entry.source for entry in own})) or "published only"
+        counted.setdefault(f"{metric}; {said}", []).append(row)
+    return lines + [f"{', '.join(rows)}: {what}" for what, rows in counted.items()]
 
 
 def markdown(rows: list[list[str]]) -> str:

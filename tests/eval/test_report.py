@@ -205,7 +205,7 @@ def test_the_three_files_say_what_is_printed(run, models, capsys):
     printed = capsys.readouterr().out
     text = Path(f"{output}.md").read_text()
     assert text.startswith(printed)
-    assert "* MMStar: accuracy; exact match" in text
+    assert "* MMStar, Own: accuracy; exact match" in text
     lines = printed.splitlines()
     assert len({len(line) for line in lines}) == 1
     assert Path(f"{output}.tex").read_text() == latex(build(models, []))

@@ -163,7 +163,9 @@ def shown_difference(found: Difference | None) -> list[str]:
 
 def notes(table: Table) -> list[str]:
     """What a reader has to know: what stands beside a number, where columns come from, what is counted, who judged."""
-    lines = ["in brackets: 95% interval; p: permutation test on the same questions, two-sided"]
+    lines = [
+        "in brackets: 95% interval; p: permutation test on the same questions, two-sided, not corrected for several"
+    ]
     lines += [f"{name}: {source}" for name, source in table.sources.items()]
     counted: dict[str, list[str]] = {}
     for row in table.rows:

@@ -237,8 +237,7 @@ def write_table(table: "Table", points: list[Point], output: Path) -> str:
         ],
     )  # fmt: skip
     text = markdown(cells(table))
-    said = [*notes(table), "p: two-sided permutation test on the same questions, not corrected for several benchmarks"]
-    write_atomically(output / "sweep.md", [text, "\n", *(f"* {line}\n" for line in said)])
+    write_atomically(output / "sweep.md", [text, "\n", *(f"* {line}\n" for line in notes(table))])
     return text
 
 

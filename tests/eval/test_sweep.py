@@ -128,7 +128,7 @@ def test_the_files_hold_what_was_measured_in_order_of_step(run, training, evalua
     assert float(star[5]) == pytest.approx(10 / 16, abs=0.02)
     assert own[4:] == ["+0.0 (+0.0 to +0.0)", "1.000"]
     assert average == ["average", "of 2", "60.0", "70.0", "+10.0", ""]
-    assert f"* step-9: {output}/step-9\n* step-10: {output}/step-10\n* MMStar: accuracy; exact match" in text
+    assert f"* step-9: {output}/step-9\n* step-10: {output}/step-10\n* MMStar, Own: accuracy; exact match" in text
     assert capsys.readouterr().out.endswith(f"-> {output}/sweep.md\n")
     assert Image.open(output / "sweep.png").width == 1200
 

@@ -81,7 +81,8 @@ def test_two_ranks_killed_in_the_second_epoch_end_with_the_same_weights(checkpoi
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_two_ranks_asked_to_leave_save_and_continue(checkpoint, world, tmp_path, number):
     """The signal goes to the script, as a scheduler sends it; its status says that the job can be put back."""
     few = world / "twelve.json"

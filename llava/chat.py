@@ -70,13 +70,9 @@ class Conversation:
 
 def open_conversation(checkpoint: str, temperature: float, max_new_tokens: int) -> Conversation:
     """Load the checkpoint on the GPU where there is one. Raises UserError when it is none."""
-    import torch
+    from llava.model.load import open_to_ask
 
-    from llava.model.load import load_model, load_processor
-
-    cuda = torch.cuda.is_available()
-    model = load_model(checkpoint, dtype=torch.bfloat16 if cuda else torch.float32).to("cuda" if cuda else "cpu")
-    return Conversation(model.eval(), load_processor(checkpoint), temperature, max_new_tokens)
+    return Conversation(*open_to_ask(checkpoint), temperature, max_new_tokens)
 
 
 def terminal(conversation: Conversation, images: list) -> None:

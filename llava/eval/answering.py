@@ -83,11 +83,10 @@ def answer_share(model: Callable[[], Answerer], path: Path, answers: Path) -> No
     `model` is called when there is something to ask.
     """
     done = {line["index"] for shard in answers.glob("shard-*.jsonl") for line in read_jsonl(shard)}
-    bare = read_tsv(path, images=False)
-    mine = [n for n, row in enumerate(bare) if n % world_size() == rank() and row["index"] not in done]
+    rows = read_tsv(path)
+    mine = [row for n, row in enumerate(rows) if n % world_size() == rank() and row["index"] not in done]
     if not mine:
         return
-    rows = read_tsv(path)
     by_index, short = {row["index"]: row for row in rows}, rule_for(path.stem, rows).short
     with (
         RecordAppender(answers / f"shard-{rank():05d}.jsonl") as shard,
@@ -98,7 +97,7 @@ def answer_share(model: Callable[[], Answerer], path: Path, answers: Path) -> No
             shard.append({"index": row["index"], "prediction": text, **({"refused": refused} if refused else {})})
             bar.update()
 
-        asked = [(rows[n], question_text(rows[n], short)) for n in mine]
+        asked = [(row, question_text(row, short)) for row in mine]
         model().answer(asked, lambda row: images_of_row(row, by_index, path.parent), keep)
 
 

@@ -17,11 +17,12 @@ from llava.train.arguments import ModelArguments, flag, planned_world_size
 from llava.train.stage import (
     attend_within_samples,
     carry_on,
-    lora_of,
     measured_sizes,
     open_model,
     pack_sampler,
+    planned_model,
     run_stage,
+    work_of_patch,
     write_preflight,
 )
 
@@ -95,17 +96,14 @@ def lines(dataset, sizes, packs, model, model_arguments, settings, training_argu
     yield batch_line(len(dataset), training_arguments, world)
     if packs:
         yield f"packs        {packs.fill():.1%} of the work is not waiting for the largest pack"
+    sizes = sizes.copy()
+    sizes[1::2, 2] = 0  # a pair's patches are encoded once
     yield from model_lines(model, sizes, training_arguments, world, model_arguments.four_bit)
 
 
 def preflight(model_arguments, pair_arguments, preference_arguments, training_arguments) -> None:
     """Check checkpoint, pairs and image headers; say what would run. Writes nothing."""
-    import torch
-    from transformers import AutoConfig
-
     from llava.model.load import check_checkpoint, load_processor
-    from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
-    from llava.train.parts import set_trainable
 
     settings = settings_of(preference_arguments)
     folder = Path(model_arguments.model_name_or_path)
@@ -115,18 +113,14 @@ def preflight(model_arguments, pair_arguments, preference_arguments, training_ar
         print(f"pairs        {len(dataset):,}; every image header was read")
         print(f"checkpoint   {folder} does not exist yet; the pairs were checked, the model was not")
         return
-    for checkpoint in filter(None, (folder, preference_arguments.reference_model)):
-        check_checkpoint(checkpoint)
-    with torch.device("meta"):
-        model = LlavaUHDForConditionalGeneration(AutoConfig.from_pretrained(folder))
-    set_trainable(model, model_arguments.train_parts.split(","))
-    if model_arguments.lora_rank:
-        lora_of(model, model_arguments)
+    if preference_arguments.reference_model:
+        check_checkpoint(preference_arguments.reference_model)
+    model = planned_model(model_arguments)
     dataset = open_pairs(pair_arguments, load_processor(folder))
     sizes, world = dataset.sides.sizes(), planned_world_size()
     packs = None
     if pair_arguments.packing:
-        packs = pack_sampler(pair_costs(model, dataset, sizes), training_arguments, rank=0, world=world)
+        packs = pack_sampler(dataset.costs(sizes, work_of_patch(model)), training_arguments, rank=0, world=world)
     for line in lines(dataset, sizes, packs, model, model_arguments, settings, training_arguments, world):
         print(line)
     print(f"writes       {training_arguments.output_dir} (nothing was written)")
@@ -149,7 +143,7 @@ def run_training(model_arguments, pair_arguments, preference_arguments, training
     model, lora = open_model(model_arguments, training_arguments)
     world, packs = training_arguments.world_size, None
     if pair_arguments.packing:
-        costs = pair_costs(model, dataset, sizes)
+        costs = dataset.costs(sizes, work_of_patch(model))
         packs = pack_sampler(costs, training_arguments, training_arguments.process_index, world)
         attend_within_samples(model)
     if training_arguments.process_index == 0:
@@ -170,16 +164,6 @@ def run_training(model_arguments, pair_arguments, preference_arguments, training
     if trainer.is_world_process_zero():
         plot_preference(output)
     return len(dataset), trainer.state.global_step
-
-
-def pair_costs(model, dataset, sizes) -> list[float]:
-    """Work of every pair in tokens; a patch counts as much less as the tower is smaller than the language model."""
-    from llava.train.parts import numbers
-
-    vision, language = (
-        sum(map(numbers, part.parameters())) for part in (model.model.vision_tower, model.model.language_model)
-    )
-    return dataset.costs(sizes, vision / language)
 
 
 if __name__ == "__main__":

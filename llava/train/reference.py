@@ -5,7 +5,7 @@ again, with any number of ranks, computes what no shard holds. The reference mod
 """
 
 import gc
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -54,34 +54,28 @@ def reference_log_probs(
     return gathered(dataset, shards)
 
 
-class open_reference:  # noqa: N801 (a context)
+@contextmanager
+def open_reference(checkpoint: str, model_arguments: ModelArguments, arguments):
     """The reference model, whole on this rank's device; DeepSpeed's splitting of parameters is off while it lives."""
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-    def __init__(self, checkpoint: str, model_arguments: ModelArguments, arguments):
-        self.checkpoint, self.model_arguments, self.arguments = checkpoint, model_arguments, arguments
+    from llava.model.load import load_model
+    from llava.train.lora import four_bit
 
-    def __enter__(self):
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        from llava.model.load import load_model
-        from llava.train.lora import four_bit
-
-        arguments = self.arguments
-        if arguments.deepspeed:
-            unset_hf_deepspeed_config()
+    if arguments.deepspeed:
+        unset_hf_deepspeed_config()
+    try:
         dtype = torch.bfloat16 if arguments.deepspeed and arguments.bf16 else torch.float32
-        quantised = four_bit(torch.bfloat16 if arguments.bf16 else dtype) if self.model_arguments.four_bit else None
-        attention = self.model_arguments.attn_implementation
-        model = load_model(self.checkpoint, dtype=dtype, attn_implementation=attention, quantization_config=quantised)
+        quantised = four_bit(torch.bfloat16 if arguments.bf16 else dtype) if model_arguments.four_bit else None
+        model = load_model(
+            checkpoint, dtype, attn_implementation=model_arguments.attn_implementation, quantization_config=quantised
+        )
         if quantised is None:
             model.to(arguments.device)
-        return model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        if self.arguments.deepspeed:
-            from transformers.integrations.deepspeed import set_hf_deepspeed_config
-
-            set_hf_deepspeed_config(self.arguments.hf_deepspeed_config)
+        yield model.eval()
+    finally:
+        if arguments.deepspeed:
+            set_hf_deepspeed_config(arguments.hf_deepspeed_config)
 
 
 @torch.no_grad()

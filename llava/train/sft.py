@@ -13,11 +13,12 @@ from llava.train.arguments import DataArguments, ModelArguments, planned_world_s
 from llava.train.stage import (
     attend_within_samples,
     carry_on,
-    lora_of,
     measured_sizes,
     open_model,
     pack_sampler,
+    planned_model,
     run_stage,
+    work_of_patch,
     write_preflight,
 )
 
@@ -60,18 +61,9 @@ def preflight(model_arguments: ModelArguments, data_arguments: DataArguments, tr
         print(f"checkpoint   {folder} does not exist yet; the records were checked, the model was not")
         print(f"writes       {training_arguments.output_dir} (nothing was written)")
         return
-    import torch
-    from transformers import AutoConfig
+    from llava.model.load import load_processor
 
-    from llava.model.load import check_checkpoint, load_processor
-    from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
-    from llava.train.parts import set_trainable
-
-    with torch.device("meta"):
-        model = LlavaUHDForConditionalGeneration(AutoConfig.from_pretrained(check_checkpoint(folder)))
-    set_trainable(model, model_arguments.train_parts.split(","))
-    if model_arguments.lora_rank:
-        lora_of(model, model_arguments)
+    model = planned_model(model_arguments)
     dataset = open_dataset(model_arguments, data_arguments, load_processor(folder))
     sizes, world = dataset.sizes(), planned_world_size()
     costs = sample_costs(model, dataset, sizes)
@@ -115,14 +107,9 @@ def run_training(model_arguments: ModelArguments, data_arguments: DataArguments,
 
 
 def sample_costs(model, dataset, sizes) -> list[float]:
-    """Work of every sample in tokens; a patch counts as much less as the tower is smaller than the language model."""
-    from llava.train.parts import numbers
-
-    vision, language = (
-        sum(map(numbers, part.parameters())) for part in (model.model.vision_tower, model.model.language_model)
-    )
+    """Work of every sample in tokens."""
     tokens = sizes[:, :2].sum(1).clip(max=dataset.max_length)
-    return (tokens + sizes[:, 2] * vision / language).tolist()
+    return (tokens + sizes[:, 2] * work_of_patch(model)).tolist()
 
 
 if __name__ == "__main__":

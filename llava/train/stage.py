@@ -137,6 +137,34 @@ def check_engine(model_arguments: ModelArguments, training_arguments) -> None:
         raise UserError(f"--recompute {model_arguments.recompute!r} is neither selective nor full")
 
 
+def planned_model(model_arguments: ModelArguments):
+    """The model as it will train, without its weights: for a dry run."""
+    import torch
+    from transformers import AutoConfig
+
+    from llava.model.load import check_checkpoint
+    from llava.model.modeling_llava_uhd import LlavaUHDForConditionalGeneration
+    from llava.train.parts import set_trainable
+
+    config = AutoConfig.from_pretrained(check_checkpoint(model_arguments.model_name_or_path))
+    with torch.device("meta"):
+        model = LlavaUHDForConditionalGeneration(config)
+    set_trainable(model, model_arguments.train_parts.split(","))
+    if model_arguments.lora_rank:
+        lora_of(model, model_arguments)
+    return model
+
+
+def work_of_patch(model) -> float:
+    """Work of a patch in tokens: as much less as the tower is smaller than the language model."""
+    from llava.train.parts import numbers
+
+    vision, language = (
+        sum(map(numbers, part.parameters())) for part in (model.model.vision_tower, model.model.language_model)
+    )
+    return vision / language
+
+
 def carry_on(trainer, lora, model_arguments: ModelArguments) -> None:
     """Train to the end, continuing from the newest complete checkpoint; then write the result and draw the loss.
 

@@ -27,6 +27,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from llava.data.preference import conversation_of
 from llava.eval.report import markdown
 
 WORK, WORLD = Path("runs/quickstart"), Path("runs/quickstart-world")
@@ -82,17 +83,12 @@ def models(folder: Path, seed: str, beta: str, gamma: str, rate: str) -> dict[st
     )
     chosen = folder / "chosen.jsonl"
     lines = [json.loads(line) for line in pairs.read_text().splitlines()]
-    chosen.write_text("".join(json.dumps(sft_record(pair)) + "\n" for pair in lines))
+    chosen.write_text("".join(json.dumps(conversation_of(pair, "chosen")) + "\n" for pair in lines))
     script(
         stage0, PREV_STAGE_CHECKPOINT=warm, DATA_PATH=chosen, OUTPUT_DIR=more, SEED=seed, EXPERIMENT_NAME="more",
         FINETUNE_LEARNING_RATE=rate,
     )  # fmt: skip
     return {"SFT": warm, "SFT + SFT": more, "SFT + DPO": preferred}
-
-
-def sft_record(pair: dict) -> dict:
-    turns = [{"from": "human", "value": pair["prompt"]}, {"from": "gpt", "value": pair["chosen"]}]
-    return {"id": pair["id"], "image": pair["image"], "conversations": turns}
 
 
 def measured(folder: Path, trained: dict[str, Path], seed: str) -> dict[str, dict[str, float]]:
